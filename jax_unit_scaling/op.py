@@ -1,0 +1,234 @@
+"""What a scaled operation is: plain maths, a rule for its factors, and cases.
+
+An operation f with inputs x_1 .. x_k is computed as `fwd * f(x_1, .., x_k)`, and the
+cotangent of x_i is multiplied by `bwd[x_i]`. Its rule gives the factors that make the
+output and every cotangent unit-scaled for unit-scaled, independent inputs. A constraint
+then makes the forward factor and the factors of the activations agree, so that the
+gradient of a whole model is the true one up to a constant for each parameter;
+parameters lie on cut-edges and keep their own.
+
+Reference: Unit Scaling (Blake et al., 2023), section 5.
+"""
+
+import dataclasses
+import functools as ft
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .constraints import Constraint, apply_constraint
+from .scale import scaled
+
+P = ParamSpec("P")
+R = TypeVar("R")
+AxisName = str | tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """An operation's forward factor, and the backward factor of each input by name."""
+
+    fwd: float
+    bwd: Mapping[str, float]
+
+
+def factors_of_sum(terms: int, *, out: int, **inputs: int) -> Factors:
+    """The factors of a multilinear operation that multiplies and adds `terms` products.
+
+    Each element of a tensor with `size` elements (the output in the forward pass, an
+    input's cotangent in the backward pass) is a sum of `terms / size` products of
+    independent unit-scaled numbers, so `sqrt(size / terms)` gives it unit scale.
+    For `x[b, m] @ w[m, n]`, with b m n terms: m^-1/2, and n^-1/2 for x, b^-1/2 for w.
+    """
+
+    def factor(size: int) -> float:
+        # Where a shape has a zero there is nothing to scale.
+        return math.sqrt(size / terms) if size and terms else 1.0
+
+    return Factors(factor(out), {name: factor(size) for name, size in inputs.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Integers:
+    """A case's argument of integers, uniform in [0, high)."""
+
+    shape: tuple[int, ...]
+    high: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """A case's argument that starts at zero, as a bias does."""
+
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A case's argument that is a random key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An example of an operation: its arguments (a shape is a unit-normal array), its
+    options, and the error its rule declares on top of what chance allows."""
+
+    args: tuple[Any, ...]
+    options: Mapping[str, Any]
+    error: float
+
+
+def case(*args: Any, error: float = 0.0, **options: Any) -> Case:
+    """A case in one line: `case((256, 512), (512, 1024), constraint=None)`."""
+    return Case(args, options, error)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Op(Generic[P, R]):
+    """A unit-scaled operation, called like the plain function `fn` it is made of.
+
+    Attributes:
+        fn: the plain maths. Its signature is the operation's; of its keywords
+            `constraint` and `batch_axis_name` concern factors and never reach it. An
+            argument `bias` is a parameter that it adds, last, to the rest.
+        rule: gives the ideal `Factors` from the arguments, with each array replaced by
+            a `jax.ShapeDtypeStruct`; it also checks them.
+        parameters: the arguments that are parameters.
+        cases: examples, which the tests and the documentation run through.
+        unscaled: what the rule does not promise unit scale of: "out" or an argument.
+        statistic: what "scale" means for the output.
+        widen: whether float16 inputs are computed on in float32.
+    """
+
+    fn: Callable[P, R]
+    rule: Callable[..., Factors]
+    parameters: tuple[str, ...] = ()
+    cases: tuple[Case, ...] = ()
+    unscaled: tuple[str, ...] = ()
+    statistic: Literal["std", "rms"] = "std"
+    widen: bool = True
+
+    def __post_init__(self) -> None:
+        self.__dict__.update(
+            __name__=getattr(self.fn, "__name__", "op"),
+            __doc__=self.fn.__doc__,
+            __wrapped__=self.fn,
+            _signature=inspect.signature(self.fn),
+        )
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        arguments, options = self._bind(*args, **kwargs)
+        factors = self._factors(arguments, options)
+        inputs = {
+            name: jnp.asarray(arguments[name])
+            for name in factors.bwd
+            if arguments[name] is not None
+        }
+        dtype = jnp.result_type(*inputs.values())
+        half = dtype == jnp.float16
+        bias = inputs.pop("bias", None)
+        # A sum over a batch passes float16's largest number, 65504, before a factor
+        # could bring it back. So the smallest factor multiplies the cotangent first.
+        common = min(factors.bwd[name] for name in inputs) if half else 1.0
+        for name, x in inputs.items():
+            x = scaled(x, bwd=factors.bwd[name] / common)
+            arguments[name] = x.astype(jnp.float32) if self._widens(half) else x
+        if "bias" in arguments:
+            arguments["bias"] = None
+        if keep := half and options.get("preferred_element_type", dtype) is None:
+            options["preferred_element_type"] = jnp.float32
+        keywords = {k: v for k, v in options.items() if k not in _ABOUT_FACTORS}
+        y: Any = self.fn(*arguments.values(), **keywords)  # type: ignore[call-arg]
+        y = scaled(y, fwd=factors.fwd, bwd=common)
+        if bias is not None:
+            y = y + scaled(bias.astype(y.dtype), bwd=factors.bwd["bias"])
+        return y.astype(dtype) if keep or self._widens(half) else y
+
+    def factors(self, *args: Any, **kwargs: Any) -> Factors:
+        """The factors that a call with these arguments uses (shapes will do)."""
+        return self._factors(*self._bind(*args, **kwargs))
+
+    def constrained(self, constraint: Constraint | None) -> Callable[P, R]:
+        """The operation under another constraint, or under none.
+
+        Raises:
+            TypeError: if it takes no constraint because its factors cannot conflict.
+        """
+        if "constraint" not in self._signature.parameters:
+            raise TypeError(
+                f"`{self.__name__}` takes no constraint: its factors cannot conflict."
+            )
+        return ft.partial(self, constraint=constraint)  # type: ignore[call-arg]
+
+    def _bind(
+        self, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arguments before the `*` by name, and the options behind it."""
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as e:
+            raise TypeError(
+                f"{self.__name__}{self._signature}: {e}."
+            ) from None
+        bound.apply_defaults()
+        names = [p for p in self._signature.parameters][: len(bound.args)]
+        return dict(zip(names, bound.args, strict=True)), dict(bound.kwargs)
+
+    def _factors(self, arguments: dict[str, Any], options: dict[str, Any]) -> Factors:
+        keywords = {k: v for k, v in options.items() if k not in _ABOUT_FACTORS}
+        ideal = self.rule(*map(_shape_only, arguments.values()), **keywords)
+        bwd = {k: v for k, v in ideal.bwd.items() if arguments[k] is not None}
+        active = [name for name in bwd if name not in self.parameters]
+        constraint = options.get("constraint")
+        fwd, *agreed = apply_constraint(
+            constraint, ideal.fwd, *(bwd[name] for name in active)
+        )
+        # A parameter's cotangent is a sum over the batch, of which each member of the
+        # named axes sees a piece: see "global batch" in DESIGN.md.
+        pieces = _axis_size(options.get("batch_axis_name"))
+        shared = {k: bwd[k] * pieces**-0.5 for k in self.parameters if k in bwd}
+        return Factors(fwd, bwd | dict(zip(active, agreed, strict=True)) | shared)
+
+    def _widens(self, half: bool) -> bool:
+        return half and self.widen and not self._is_product
+
+    @property
+    def _is_product(self) -> bool:
+        """Products keep float16 operands and ask for a float32 result instead."""
+        return "preferred_element_type" in self._signature.parameters
+
+
+_ABOUT_FACTORS = ("constraint", "batch_axis_name")
+
+
+def _shape_only(x: Any) -> Any:
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return x
+
+
+def _axis_size(names: AxisName | None) -> int:
+    if names is None:
+        return 1
+    return math.prod(map(lax.axis_size, (names,) if isinstance(names, str) else names))
+
+
+OPS: dict[str, Op[..., Any]] = {}
+
+
+def scaled_op(
+    *, rule: Callable[..., Factors], **about: Any
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Makes a function into an `Op` with this rule, and enters it into the registry."""
+
+    def decorate(fn: Callable[P, R]) -> Op[P, R]:
+        op = Op(fn, rule, **about)
+        OPS[op.__name__] = op
+        return op
+
+    return decorate

@@ -1,0 +1,369 @@
+"""Products: of activations with parameters, and of two activations."""
+
+import functools as ft
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ..constraints import Constraint, to_output_scale
+from ..formats import Formats, quantize_bwd, quantize_fwd
+from ..op import AxisName, Factors, Zeros, case, factors_of_sum, scaled_op
+
+DotGeneral = Callable[..., Array]
+DotDimensionNumbers = tuple[
+    tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
+]
+
+
+def _rounded(
+    product: Callable[[Array, Array], Array], formats: Formats | None
+) -> Callable[[Array, Array], Array]:
+    """The product of operands, and of cotangents, rounded to `formats`."""
+    if formats is None:
+        return product
+
+    def rounded(lhs: Array, rhs: Array) -> Array:
+        if formats.fwd is not None:
+            lhs, rhs = (quantize_fwd(x, formats.fwd) for x in (lhs, rhs))
+        y = product(lhs, rhs)
+        return y if formats.bwd is None else quantize_bwd(y, formats.bwd)
+
+    return rounded
+
+
+def _dot_general_rule(
+    lhs: Any, rhs: Any, dimension_numbers: DotDimensionNumbers, *_: Any, **__: Any
+) -> Factors:
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    sizes = [lhs.shape[i] for i in lhs_contract], [rhs.shape[i] for i in rhs_contract]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"`lhs` and `rhs` must agree on the contracting dimensions, got sizes "
+            f"{sizes[0]} of {lhs.shape} and {sizes[1]} of {rhs.shape}."
+        )
+    shared = {*rhs_contract, *rhs_batch}
+    free = math.prod(n for i, n in enumerate(rhs.shape) if i not in shared)
+    terms = math.prod(lhs.shape) * free
+    contracted = math.prod(sizes[0])
+    return factors_of_sum(
+        terms,
+        out=terms // max(contracted, 1),
+        lhs=math.prod(lhs.shape),
+        rhs=math.prod(rhs.shape),
+    )
+
+
+@scaled_op(
+    rule=_dot_general_rule,
+    parameters=("rhs",),
+    cases=(
+        case((256, 512), (512, 128), (((1,), (0,)), ((), ()))),
+        case((8, 32, 64, 4), (4, 64, 96), (((2, 3), (1, 0)), ((), ()))),
+        case((4, 128, 96), (4, 96, 64), (((2,), (1,)), ((0,), (0,)))),
+    ),
+)
+def dot_general(
+    lhs: Float[Array, "..."],
+    rhs: Float[Array, "..."],
+    dimension_numbers: DotDimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    *,
+    out_sharding: Any = None,
+    formats: Formats | None = None,
+    constraint: Constraint | None = to_output_scale,
+    batch_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    """Unit-scaled `jax.lax.dot_general`; `rhs` is a parameter, as in a Flax module.
+
+    With k the contracted, m and n the free sizes of `lhs` and `rhs`, factors: k^-1/2
+    forward, n^-1/2 for `lhs`, m^-1/2 for `rhs`. It has lax's signature, so a Flax
+    module takes it as it is: `nnx.Linear(..., dot_general=jax_unit_scaling.dot_general,
+    kernel_init=nnx.initializers.normal(1.0))`.
+
+    Reference: Unit Scaling (Blake et al., 2023), table A.2, matmul.
+    """
+    keywords = {} if out_sharding is None else {"out_sharding": out_sharding}
+
+    def product(lhs: Array, rhs: Array) -> Array:
+        return lax.dot_general(
+            lhs, rhs, dimension_numbers, precision, preferred_element_type, **keywords
+        )
+
+    return _rounded(product, formats)(lhs, rhs)
+
+
+def _linear_rule(
+    x: Any, kernel: Any, bias: Any = None, *, axis: int | Sequence[int], **_: Any
+) -> Factors:
+    axes = _axes(x, axis)
+    fan_in, out = kernel.shape[: len(axes)], kernel.shape[len(axes) :]
+    if fan_in != tuple(x.shape[a] for a in axes):
+        raise ValueError(
+            f"`kernel` must begin with the sizes of `x`'s axes {axis}, "
+            f"{tuple(x.shape[a] for a in axes)}, got shape {kernel.shape} for `x` of "
+            f"shape {x.shape}."
+        )
+    if bias is not None and bias.shape != out:
+        raise ValueError(
+            f"`bias` must have the shape {out} of the rest of `kernel` "
+            f"{kernel.shape}, got {bias.shape}."
+        )
+    terms = math.prod(x.shape) * math.prod(out)
+    return factors_of_sum(
+        terms,
+        out=terms // max(math.prod(fan_in), 1),
+        x=math.prod(x.shape),
+        kernel=math.prod(kernel.shape),
+        bias=math.prod(kernel.shape),  # summed over the batch, as each weight is
+    )
+
+
+def _axes(x: Any, axis: int | Sequence[int]) -> tuple[int, ...]:
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    rank = len(x.shape)
+    if not all(-rank <= a < rank for a in axes):
+        raise ValueError(f"`axis` {axis} is out of range for `x` of shape {x.shape}.")
+    return tuple(a % rank for a in axes)
+
+
+_LINEAR_CASES = (
+    case((256, 512), (512, 128)),
+    case((8, 16, 128), (128, 4096), Zeros((4096,))),
+    case((4, 32, 8, 64), (8, 64, 128), axis=(-2, -1)),
+    case((4, 32, 64), (64, 32, 128), Zeros((32, 128))),
+)
+
+
+@scaled_op(rule=_linear_rule, parameters=("kernel", "bias"), cases=_LINEAR_CASES)
+def linear(
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    bias: Float[Array, "..."] | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    dot_general: DotGeneral = lax.dot_general,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
+    formats: Formats | None = None,
+    constraint: Constraint | None = to_output_scale,
+    batch_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    """Unit-scaled `x @ kernel + bias`: x [..., in], kernel [in, out], bias [out].
+
+    Contracts `axis` of `x` with the leading axes of `kernel`; `in` and `out` may each
+    be several axes. `dot_general` computes the plain product.
+
+    Factors: in^-1/2 forward, out^-1/2 for `x`, batch^-1/2 for `kernel` and `bias`. The
+    bias is added after the forward factor.
+
+    Reference: Unit Scaling (Blake et al., 2023), table A.2; u-muP, table 2.
+    """
+    axes = _axes(x, axis)
+    numbers = ((axes, tuple(range(len(axes)))), ((), ()))
+    keywords: dict[str, Any] = {"precision": precision}
+    for name, value in (
+        ("preferred_element_type", preferred_element_type),
+        ("out_sharding", out_sharding),
+    ):  # as Flax: a user's own `dot_general` need not know these
+        if value is not None:
+            keywords[name] = value
+    product = ft.partial(dot_general, dimension_numbers=numbers, **keywords)
+    y = _rounded(product, formats)(x, kernel)
+    return y if bias is None else y + bias
+
+
+def _readout_rule(x: Any, kernel: Any, bias: Any = None, **options: Any) -> Factors:
+    factors = _linear_rule(x, kernel, bias, **options)
+    return Factors(factors.fwd**2, factors.bwd)
+
+
+@scaled_op(
+    rule=_readout_rule,
+    parameters=("kernel", "bias"),
+    cases=_LINEAR_CASES,
+    unscaled=("out",),
+)
+def linear_readout(
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    bias: Float[Array, "..."] | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    dot_general: DotGeneral = lax.dot_general,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
+    formats: Formats | None = None,
+    constraint: Constraint | None = None,
+    batch_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    """Unit-scaled `linear` for a model's last product, the way to its logits.
+
+    Factors: 1/in forward, so that logits start small at every width and learn at a rate
+    independent of it; out^-1/2 for `x`, batch^-1/2 for `kernel` and `bias`.
+    Unconstrained by default: sound where every path to the loss leads through it, as
+    after the last residual.
+
+    Reference: u-muP (Blake et al., 2024), table 2, output weights.
+    """
+    return linear.fn(
+        x,
+        kernel,
+        bias,
+        axis=axis,
+        dot_general=dot_general,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+        formats=formats,
+    )
+
+
+def _matmul_rule(x: Any, y: Any, **_: Any) -> Factors:
+    contracted = x.shape[-1] if x.shape else None
+    if contracted is None or not y.shape or contracted != y.shape[-2:][0]:
+        raise ValueError(
+            "`x` [..., m, k] and `y` [..., k, n] must agree on k, got shapes "
+            f"{x.shape} and {y.shape}."
+        )
+    try:
+        out = math.prod(jax.eval_shape(jnp.matmul, x, y).shape)
+    except (TypeError, ValueError) as e:
+        raise ValueError(
+            "the leading axes of `x` and `y` must be broadcastable, got shapes "
+            f"{x.shape} and {y.shape}."
+        ) from e
+    return factors_of_sum(
+        out * contracted, out=out, x=math.prod(x.shape), y=math.prod(y.shape)
+    )
+
+
+@scaled_op(
+    rule=_matmul_rule,
+    cases=(
+        case((256, 512), (512, 128)),
+        case((8, 64, 128), (8, 128, 96)),
+        case((8, 64, 128), (128, 96)),
+    ),
+)
+def matmul(
+    x: Float[Array, "..."],
+    y: Float[Array, "..."],
+    *,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    formats: Formats | None = None,
+    constraint: Constraint | None = to_output_scale,
+) -> Float[Array, "..."]:
+    """Unit-scaled `jnp.matmul` of two activations, x [..., m, k] and y [..., k, n].
+
+    Factors: k^-1/2 forward, n^-1/2 for `x`, m^-1/2 for `y`, each times (extent)^-1/2
+    for the leading axes along which it is broadcast.
+
+    Reference: Unit Scaling (Blake et al., 2023), table A.2.
+    """
+    product = ft.partial(
+        jnp.matmul, precision=precision, preferred_element_type=preferred_element_type
+    )
+    return _rounded(product, formats)(x, y)
+
+
+def _einsum_rule(subscripts: str, x: Any, y: Any, **_: Any) -> Factors:
+    labelled, out = _parse(subscripts, x.shape, y.shape)
+    sizes: dict[str | int, int] = {}
+    for label, size in labelled:
+        known = sizes.setdefault(label, size)
+        # Axes under the ellipsis are broadcast, as in NumPy.
+        if known != size and not (isinstance(label, int) and 1 in (known, size)):
+            raise ValueError(
+                f"`subscripts` {subscripts!r} give axis {label!r} two sizes, {known} "
+                f"and {size}, for `x` of shape {x.shape} and `y` of shape {y.shape}."
+            )
+        sizes[label] = max(known, size)
+    return factors_of_sum(
+        math.prod(sizes.values()),
+        out=math.prod(sizes[label] for label in out),
+        x=math.prod(x.shape),
+        y=math.prod(y.shape),
+    )
+
+
+def _parse(
+    subscripts: str, *shapes: tuple[int, ...]
+) -> tuple[list[tuple[str | int, int]], list[str | int]]:
+    """Each operand axis's label and size, and the output's labels.
+
+    Axes under an ellipsis are labelled by their distance from its end.
+    """
+    operands, arrow, result = subscripts.replace(" ", "").partition("->")
+    terms = operands.split(",")
+    if len(terms) != 2 or not arrow:
+        raise ValueError(
+            "`subscripts` must name two operands and an output, as in "
+            f"'...i,ij->...j', got {subscripts!r}."
+        )
+    labelled = []
+    for term, shape in zip(terms, shapes, strict=True):
+        labels = list(_labels(term, len(shape)))
+        if len(labels) != len(shape) or len(set(labels)) != len(labels):
+            raise ValueError(
+                f"`subscripts` {subscripts!r} must name each axis of an operand once, "
+                f"got {term!r} for shape {shape}."
+            )
+        labelled += zip(labels, shape, strict=True)
+    hidden = {label for label, _ in labelled if isinstance(label, int)}
+    out = list(_labels(result, len(result.replace("...", "")) + len(hidden)))
+    if unknown := {*out} - {label for label, _ in labelled}:
+        raise ValueError(
+            f"`subscripts` {subscripts!r} must take its output from the operands, got "
+            f"{sorted(map(str, unknown))} beside them."
+        )
+    return labelled, out
+
+
+def _labels(term: str, rank: int) -> Iterator[str | int]:
+    before, ellipsis, after = term.partition("...")
+    yield from before
+    if ellipsis:
+        yield from range(rank - len(before) - len(after), 0, -1)
+    yield from after
+
+
+@scaled_op(
+    rule=_einsum_rule,
+    cases=(
+        case("bqhd,bkhd->bhqk", (4, 32, 4, 64), (4, 48, 4, 64)),
+        case("...i,ij->...j", (8, 64, 128), (128, 96)),
+        case("...ij,...jk->...ik", (8, 64, 128), (1, 128, 96)),
+    ),
+)
+def einsum(
+    subscripts: str,
+    x: Float[Array, "..."],
+    y: Float[Array, "..."],
+    *,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    formats: Formats | None = None,
+    constraint: Constraint | None = to_output_scale,
+) -> Float[Array, "..."]:
+    """Unit-scaled `jnp.einsum` of two activations; `subscripts` name the output too.
+
+    Factors: each of the output, `x` and `y` has (the product of the sizes of the labels
+    that it lacks)^-1/2: in "bmk,kn->bmn", k^-1/2, n^-1/2 for `x`, (b m)^-1/2 for `y`.
+    """
+    product = ft.partial(
+        jnp.einsum,
+        subscripts,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return _rounded(product, formats)(x, y)

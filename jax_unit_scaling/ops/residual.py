@@ -1,0 +1,83 @@
+"""Residual branches: a weighted sum, with the branch unit-scaled in both passes."""
+
+import math
+from collections.abc import Callable
+
+from jaxtyping import Array, Float
+
+from ..scale import check_factor, scale_bwd, scale_fwd
+
+X = Float[Array, "*shape"]
+
+
+def residual_split(x: X, *, tau: float = 1.0) -> tuple[X, X]:
+    """Splits `x` into `(residual, skip)`, the inputs of a branch and of its skip.
+
+    The branch's weight w = tau / sqrt(1 + tau^2) belongs to the forward pass at its end
+    (`residual_add`) and to the backward pass here, at its start. Delayed so, both
+    passes are unit-scaled inside the branch. `tau` is the ratio of the branch's weight
+    to the skip's.
+
+    Reference: Unit Scaling (Blake et al., 2023), section 5.3; u-muP, appendix G.
+    """
+    branch, skip = _weights(tau)
+    return scale_bwd(x, branch), scale_bwd(x, skip)
+
+
+def residual_add(residual: X, skip: X, *, tau: float = 1.0) -> X:
+    """Joins what `residual_split` split: (tau residual + skip) / sqrt(1 + tau^2).
+
+    Raises:
+        ValueError: if the branch has changed the shape.
+    """
+    if residual.shape != skip.shape:
+        raise ValueError(
+            f"`residual` and `skip` must have the same shape, got {residual.shape} and "
+            f"{skip.shape}: a residual branch keeps its input's shape."
+        )
+    branch_weight, skip_weight = _weights(tau)
+    return scale_fwd(residual, branch_weight) + scale_fwd(skip, skip_weight)
+
+
+def residual_apply(fn: Callable[[X], X], x: X, *, tau: float = 1.0) -> X:
+    """The residual branch `(tau fn(x) + x) / sqrt(1 + tau^2)`, unit-scaled inside."""
+    residual, skip = residual_split(x, tau=tau)
+    return residual_add(fn(residual), skip, tau=tau)
+
+
+def transformer_residual_rule(
+    *, residual_mult: float = 1.0, residual_attn_ratio: float = 1.0
+) -> Callable[[int, int], float]:
+    """u-muP's residual weights for a stack of attention and MLP branches, in turn.
+
+    All attention branches contribute the same variance to the output, and so do all
+    MLP branches; `residual_mult` is the ratio of the branches' share to the
+    embedding's, `residual_attn_ratio` that of attention to MLP.
+
+    Returns:
+        tau(index, layers): the weight of branch `index` (from 0, attention first) of
+        `layers` residual adds, with a the attention's and m the MLP's multiplier:
+        (a or m) / sqrt(layers / 2 + ceil(index / 2) a^2 + floor(index / 2) m^2).
+
+    Reference: u-muP (Blake et al., 2024), appendix G.
+    """
+    check_factor("residual_mult", residual_mult)
+    check_factor("residual_attn_ratio", residual_attn_ratio)
+    mlp = residual_mult * math.sqrt(2 / (1 + residual_attn_ratio**2))
+    attention = residual_attn_ratio * mlp
+
+    def tau(index: int, layers: int) -> float:
+        if not 0 <= index < layers:
+            raise ValueError(
+                f"`index` must be from 0 to `layers` - 1 = {layers - 1}, got {index}."
+            )
+        before = (index + 1) // 2 * attention**2 + index // 2 * mlp**2
+        return (mlp if index % 2 else attention) / math.sqrt(layers / 2 + before)
+
+    return tau
+
+
+def _weights(tau: float) -> tuple[float, float]:
+    check_factor("tau", tau)
+    norm = math.hypot(1.0, tau)
+    return tau / norm, 1 / norm

@@ -1,0 +1,105 @@
+"""The one primitive: one factor on the way forward, another on the way back."""
+
+import functools as ft
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def scaled(
+    x: Float[Array, "*shape"], *, fwd: float = 1.0, bwd: float = 1.0
+) -> Float[Array, "*shape"]:
+    """Returns `fwd * x`; the cotangent `g` that comes back is returned as `bwd * g`.
+
+    Both keep `x`'s dtype. The factors are fixed while tracing: a factor of one costs no
+    operation, XLA folds the others, and nothing is saved for the backward pass.
+
+    Where `fwd != bwd` this is deliberately not the derivative. It is sound where the
+    constraints of the paper hold: see DESIGN.md, and `audit` what you are unsure of.
+    Forward-mode differentiation of a false gradient has no meaning and is refused by
+    JAX (`custom_vjp`).
+
+    Raises:
+        TypeError: if `x` is not floating point, or a factor is not a Python number.
+        ValueError: if a factor is not finite and positive.
+
+    Reference: Unit Scaling (Blake et al., 2023), section 5.1, "scaled op".
+    """
+    x = _floating(x)
+    fwd, bwd = check_factor("fwd", fwd), check_factor("bwd", bwd)
+    return x if fwd == bwd == 1.0 else _scaled(x, fwd, bwd)
+
+
+def scale_fwd(x: Float[Array, "*shape"], s: float) -> Float[Array, "*shape"]:
+    """`scaled(x, fwd=s)`: multiplies `x` by `s`, and leaves its cotangent alone."""
+    return scaled(x, fwd=s)
+
+
+def scale_bwd(x: Float[Array, "*shape"], s: float) -> Float[Array, "*shape"]:
+    """`scaled(x, bwd=s)`: multiplies `x`'s cotangent by `s`, and leaves `x` alone."""
+    return scaled(x, bwd=s)
+
+
+@ft.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _scaled(x: Array, fwd: float, bwd: float) -> Array:
+    return _times(x, fwd)
+
+
+def _scaled_fwd(x: Array, fwd: float, bwd: float) -> tuple[Array, None]:
+    return _scaled(x, fwd, bwd), None
+
+
+def _scaled_bwd(fwd: float, bwd: float, _: None, g: Array) -> tuple[Array]:
+    return (_times(g, bwd),)
+
+
+_scaled.defvjp(_scaled_fwd, _scaled_bwd)
+
+
+def _times(x: Array, factor: float) -> Array:
+    """`factor * x`, rounded once where `x`'s dtype cannot hold `factor` itself.
+
+    A Python float is weakly typed, so the product is taken in `x`'s dtype and folds
+    into its neighbours. That would lose a factor outside float16's range (1e-5, say)
+    or bend one in an 8-bit dtype by up to 6%, so there the product is taken in float32.
+    """
+    if factor == 1.0:
+        return x
+    dtype = jnp.finfo(x.dtype)
+    if dtype.bits >= 16 and dtype.tiny <= factor <= dtype.max:
+        return x * factor
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def _floating(x: Array) -> Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"`x` must be a floating-point array, got {x.dtype}: convert it first, "
+            "for example `x.astype(jnp.float32)`."
+        )
+    return x
+
+
+def check_factor(name: str, value: object) -> float:
+    """`value` as a float, if it can be a factor.
+
+    Raises:
+        TypeError: if it is not a Python number.
+        ValueError: if it is not finite and positive.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"`{name}` must be a Python number that is known while tracing, got "
+            f"{type(value).__name__}: factors depend on shapes, never on values. Pass "
+            "a number computed from static shapes."
+        )
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(
+            f"`{name}` must be finite and positive, got {value}: a factor changes a "
+            "scale, never a sign. Pass a positive number, or negate the tensor itself."
+        )
+    return float(value)
