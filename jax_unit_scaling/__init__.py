@@ -1,0 +1,82 @@
+"""Unit scaling for JAX and Flax: low-precision training that works out of the box."""
+
+from . import formats as formats, nnx as nnx
+from .constraints import (
+    amean as amean,
+    gmean as gmean,
+    hmean as hmean,
+    to_grad_input_scale as to_grad_input_scale,
+    to_left_grad_scale as to_left_grad_scale,
+    to_output_scale as to_output_scale,
+    to_right_grad_scale as to_right_grad_scale,
+)
+from .formats import (
+    BF16 as BF16,
+    E4M3 as E4M3,
+    E5M2 as E5M2,
+    FP16 as FP16,
+    FP32 as FP32,
+    SIMULATED_FP8 as SIMULATED_FP8,
+    Format as Format,
+    Formats as Formats,
+    quantize as quantize,
+    quantize_bwd as quantize_bwd,
+    quantize_fwd as quantize_fwd,
+)
+from .ops.activation import (
+    celu as celu,
+    elu as elu,
+    gelu as gelu,
+    gelu_glu as gelu_glu,
+    hard_tanh as hard_tanh,
+    leaky_relu as leaky_relu,
+    mish as mish,
+    relu as relu,
+    selu as selu,
+    sigmoid as sigmoid,
+    silu as silu,
+    silu_glu as silu_glu,
+    softplus as softplus,
+    squareplus as squareplus,
+    tanh as tanh,
+    unit_scaled as unit_scaled,
+)
+from .ops.arithmetic import (
+    add as add,
+)
+from .ops.attention import (
+    dot_product_attention as dot_product_attention,
+    softmax as softmax,
+)
+from .ops.contraction import (
+    dot_general as dot_general,
+    einsum as einsum,
+    linear as linear,
+    linear_readout as linear_readout,
+    matmul as matmul,
+)
+from .ops.dropout import (
+    dropout as dropout,
+)
+from .ops.embedding import (
+    embedding as embedding,
+)
+from .ops.loss import (
+    cross_entropy as cross_entropy,
+    mse_loss as mse_loss,
+)
+from .ops.normalization import (
+    layer_norm as layer_norm,
+    rms_norm as rms_norm,
+)
+from .ops.residual import (
+    residual_add as residual_add,
+    residual_apply as residual_apply,
+    residual_split as residual_split,
+    transformer_residual_rule as transformer_residual_rule,
+)
+from .scale import (
+    scale_bwd as scale_bwd,
+    scale_fwd as scale_fwd,
+    scaled as scaled,
+)

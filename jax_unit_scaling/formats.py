@@ -7,6 +7,7 @@ narrow dtype and back: XLA removes such a pair on a GPU, silently.
 import dataclasses
 import functools as ft
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +61,10 @@ class Format:
         if self.dtype is not None:
             object.__setattr__(self, "dtype", np.dtype(self.dtype))
         top = math.frexp(self.max)[1] - 1
-        if not (-126 <= self.min_exponent <= top <= 127) or self._floor(
-            self.max
-        ) != self.max:
+        if (
+            not (-126 <= self.min_exponent <= top <= 127)
+            or self._floor(self.max) != self.max
+        ):
             raise ValueError(
                 f"`max` must be a number of the format, not below its smallest normal "
                 f"number {2.0**self.min_exponent}, within float32's range, got "
@@ -103,9 +105,9 @@ class Format:
 
 
 def _preset(
-    exponent_bits: int, mantissa_bits: int, dtype: type, **differences: float
+    exponent_bits: int, mantissa_bits: int, dtype: type, **differences: Any
 ) -> Format:
-    return Format(exponent_bits, mantissa_bits, dtype=np.dtype(dtype), **differences)  # type: ignore[arg-type]
+    return Format(exponent_bits, mantissa_bits, dtype=np.dtype(dtype), **differences)
 
 
 # The 8-bit formats of GPUs and TPUs (OCP): E4M3 gives up infinity for one more binade.
@@ -113,7 +115,9 @@ E4M3 = _preset(4, 3, ml_dtypes.float8_e4m3fn, max=448.0)
 E5M2 = _preset(5, 2, ml_dtypes.float8_e5m2)
 # The 8-bit formats of Graphcore and AMD, which the 2023 paper used: no infinity, no
 # negative zero, and one more binade at the bottom.
-E4M3FNUZ = _preset(4, 3, ml_dtypes.float8_e4m3fnuz, bias=8, max=240.0, signed_zero=False)
+E4M3FNUZ = _preset(
+    4, 3, ml_dtypes.float8_e4m3fnuz, bias=8, max=240.0, signed_zero=False
+)
 E5M2FNUZ = _preset(
     5, 2, ml_dtypes.float8_e5m2fnuz, bias=16, max=57344.0, signed_zero=False
 )
@@ -196,28 +200,6 @@ def quantize_bwd(
     return _quantize_bwd(*_check(x, format, key))
 
 
-@ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _quantize_fwd(x: Array, format: Format, key: Array | None) -> Array:
-    return _quantize(x, format, key)
-
-
-_quantize_fwd.defvjp(
-    lambda x, format, key: (_quantize(x, format, key), None),
-    lambda format, _, g: (g, None),
-)
-
-
-@ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _quantize_bwd(x: Array, format: Format, key: Array | None) -> Array:
-    return x
-
-
-_quantize_bwd.defvjp(
-    lambda x, format, key: (x, key),
-    lambda format, key, g: (_quantize(g, format, key), None),
-)
-
-
 @ft.partial(jax.jit, static_argnames="format")
 def _quantize(x: Array, format: Format, key: Array | None) -> Array:
     # A jit of its own keeps this one equation, by this name, in every jaxpr. Clipping
@@ -263,13 +245,35 @@ def _round_mantissa(
 
 
 def _round_to_multiple(x: Array, quantum: float, noise: Array | None) -> Array:
-    """Rounds `x` >= 0, below 2^23 quanta, to a multiple of `quantum`, a power of two."""
+    """Rounds `x` >= 0, below 2^23 quanta, to a multiple of `quantum` (a power of 2)."""
     steps = x * (1 / quantum)
     if noise is None:
         return jnp.round(steps) * quantum
     down = jnp.floor(steps)
     uniform = (noise >> jnp.uint32(9)).astype(x.dtype) * 2.0**-23
     return (down + (uniform < steps - down)) * quantum
+
+
+@ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _quantize_fwd(x: Array, format: Format, key: Array | None) -> Array:
+    return _quantize(x, format, key)
+
+
+_quantize_fwd.defvjp(
+    lambda x, format, key: (_quantize(x, format, key), None),
+    lambda format, _, g: (g, None),
+)
+
+
+@ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _quantize_bwd(x: Array, format: Format, key: Array | None) -> Array:
+    return x
+
+
+_quantize_bwd.defvjp(
+    lambda x, format, key: (x, key),
+    lambda format, key, g: (_quantize(g, format, key), None),
+)
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""Scales under normal inputs, by quadrature: of elementwise functions, and of softmax."""
+"""Scales under normal inputs, by quadrature: elementwise functions and softmax."""
 
 import functools as ft
 import math
@@ -88,11 +88,14 @@ def _integrate(y: np.ndarray, dy: np.ndarray, x: np.ndarray) -> Moments:
 def _agree(a: Moments, b: Moments) -> bool:
     """Whether the two rules give the same scales (the mean may well be zero)."""
     return all(
-        math.isclose(p, q, rel_tol=_AGREEMENT) for p, q in zip(a[1:], b[1:], strict=True)
+        math.isclose(p, q, rel_tol=_AGREEMENT)
+        for p, q in zip(a[1:], b[1:], strict=True)
     )
 
 
-def _evaluate(f: Callable, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _evaluate(
+    f: Callable[..., jax.Array], x: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """`f(x)` and `f'(x)` in float64, whatever is being traced around the call.
 
     A thread of its own has none of the caller's tracing contexts: under an eager
@@ -102,7 +105,10 @@ def _evaluate(f: Callable, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with ThreadPoolExecutor(1) as fresh:
         try:
             y, dy = fresh.submit(_value_and_slope, f, x).result()
-        except (jax.errors.UnexpectedTracerError, jax.errors.ConcretizationTypeError) as e:
+        except (
+            jax.errors.UnexpectedTracerError,
+            jax.errors.ConcretizationTypeError,
+        ) as e:
             raise TypeError(
                 "the function's factors are fixed while tracing, so it must not close "
                 "over traced values: pass hyperparameters as Python numbers."
@@ -115,7 +121,9 @@ def _evaluate(f: Callable, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return y, dy
 
 
-def _value_and_slope(f: Callable, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _value_and_slope(
+    f: Callable[..., jax.Array], x: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     @jax.jit
     def value_and_slope(x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, vjp = jax.vjp(f, x)
@@ -126,7 +134,7 @@ def _value_and_slope(f: Callable, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
         return np.asarray(y, np.float64), np.asarray(dy, np.float64)
 
 
-def _cpu() -> jax.Device | None:
+def _cpu() -> "jax.Device | None":
     """The host, where float64 is at home; None (the default) where it is hidden."""
     try:
         return jax.local_devices(backend="cpu")[0]
@@ -149,8 +157,8 @@ class SoftmaxMoments(NamedTuple):
 def softmax_moments(std: float, lengths: np.ndarray) -> SoftmaxMoments:
     """Moments of softmax over `lengths` independent logits of scale `std`, exactly.
 
-    With S = sum_j exp(x_j), 1 / S^k is the Laplace integral of t^(k-1) exp(-t S) / (k-1)!
-    over t, and the expectation of exp(-t S) is a product over the independent x_j.
+    With S = sum_j exp(x_j), 1 / S^k is the integral over t of t^(k-1) exp(-t S) /
+    (k-1)! (Laplace), and E[exp(-t S)] is a product over the independent x_j.
     With t = exp(u), h_k(v) = exp(k v - exp(v)), H_k(u) = E[h_k(u + std Z)]:
 
         E[p_i^k]       = integral of H_k(u) H_0(u)^(n-1)   du / (k-1)!

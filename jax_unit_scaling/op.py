@@ -112,6 +112,8 @@ class Op(Generic[P, R]):
     unscaled: tuple[str, ...] = ()
     statistic: Literal["std", "rms"] = "std"
     widen: bool = True
+    __name__: str = dataclasses.field(init=False)
+    _signature: inspect.Signature = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.__dict__.update(
@@ -143,7 +145,7 @@ class Op(Generic[P, R]):
         if keep := half and options.get("preferred_element_type", dtype) is None:
             options["preferred_element_type"] = jnp.float32
         keywords = {k: v for k, v in options.items() if k not in _ABOUT_FACTORS}
-        y: Any = self.fn(*arguments.values(), **keywords)  # type: ignore[call-arg]
+        y: Any = self.fn(*arguments.values(), **keywords)
         y = scaled(y, fwd=factors.fwd, bwd=common)
         if bias is not None:
             y = y + scaled(bias.astype(y.dtype), bwd=factors.bwd["bias"])
@@ -163,7 +165,7 @@ class Op(Generic[P, R]):
             raise TypeError(
                 f"`{self.__name__}` takes no constraint: its factors cannot conflict."
             )
-        return ft.partial(self, constraint=constraint)  # type: ignore[call-arg]
+        return ft.partial(self, constraint=constraint)  # type: ignore[arg-type]
 
     def _bind(
         self, *args: P.args, **kwargs: P.kwargs
@@ -172,9 +174,7 @@ class Op(Generic[P, R]):
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as e:
-            raise TypeError(
-                f"{self.__name__}{self._signature}: {e}."
-            ) from None
+            raise TypeError(f"{self.__name__}{self._signature}: {e}.") from None
         bound.apply_defaults()
         names = [p for p in self._signature.parameters][: len(bound.args)]
         return dict(zip(names, bound.args, strict=True)), dict(bound.kwargs)

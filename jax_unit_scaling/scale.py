@@ -97,9 +97,10 @@ def check_factor(name: str, value: object) -> float:
             f"{type(value).__name__}: factors depend on shapes, never on values. Pass "
             "a number computed from static shapes."
         )
-    if not (math.isfinite(value) and value > 0):
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
         raise ValueError(
             f"`{name}` must be finite and positive, got {value}: a factor changes a "
             "scale, never a sign. Pass a positive number, or negate the tensor itself."
         )
-    return float(value)
+    return number

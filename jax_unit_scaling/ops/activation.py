@@ -36,7 +36,7 @@ def unit_scaled(f: Callable[..., Array]) -> Op[..., Array]:
     ) -> X:
         return f(x, **options)
 
-    del fn.__wrapped__  # type: ignore[attr-defined] # its signature is the one above
+    del fn.__wrapped__  # its signature is the one above
     return Op(fn, _elementwise_rule(f))
 
 
@@ -77,7 +77,7 @@ def _moments(f: Callable[..., Array], options: dict[str, Hashable]) -> Any:
 
 def _elementwise(*cases: Case) -> Callable[[Callable[P, R]], Op[P, R]]:
     def decorate(f: Callable[P, R]) -> Op[P, R]:
-        return scaled_op(rule=_elementwise_rule(f), cases=cases)(f)
+        return scaled_op(rule=_elementwise_rule(f), cases=cases)(f)  # type: ignore[arg-type]
 
     return decorate
 

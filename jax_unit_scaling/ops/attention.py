@@ -62,7 +62,9 @@ def softmax(
     Reference: Unit Scaling (Blake et al., 2023), table A.2, where s is the limit of a
     small `mult`.
     """
-    return jax.nn.softmax(mult * x, axis)
+    # bfloat16's eight bits are too few to sum many exponentials in.
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jax.nn.softmax(mult * wide, axis).astype(x.dtype)
 
 
 def _attention_rule(
@@ -108,7 +110,9 @@ def _attention_factors(
         key           mult^2 / d n V |q|^2 / d      summed over its keys.
     """
     # A causal query sees the keys up to its own position.
-    seen = np.minimum(np.arange(1, queries + 1), keys) if is_causal else np.array([keys])
+    seen = (
+        np.minimum(np.arange(1, queries + 1), keys) if is_causal else np.array([keys])
+    )
     lengths = np.unique(np.round(np.geomspace(seen.min(), seen.max(), 64)).astype(int))
     # |q|: the chi density has a standard deviation near 0.7, whatever d is.
     radius = math.sqrt(d) + np.arange(-4.0, 4.25, 0.5)
@@ -184,7 +188,7 @@ def dot_product_attention(
         "...qhd,...khd->...hqk", query, key, preferred_element_type=wide
     )
     if is_causal:
-        causal = jnp.tri(*logits.shape[-2:], dtype=bool)
+        causal = jnp.tri(logits.shape[-2], logits.shape[-1], dtype=bool)
         mask = causal if mask is None else mask & causal
     if mask is not None:  # finite, so that a row without any key is not NaN
         logits = jnp.where(mask, logits, jnp.finfo(wide).min)

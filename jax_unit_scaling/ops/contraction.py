@@ -310,7 +310,7 @@ def _parse(
             "`subscripts` must name two operands and an output, as in "
             f"'...i,ij->...j', got {subscripts!r}."
         )
-    labelled = []
+    labelled: list[tuple[str | int, int]] = []
     for term, shape in zip(terms, shapes, strict=True):
         labels = list(_labels(term, len(shape)))
         if len(labels) != len(shape) or len(set(labels)) != len(labels):

@@ -11,7 +11,9 @@ from ..op import Factors, Key, case, scaled_op
 
 def _dropout_rule(x: Any, key: Any, *, rate: float, **_: Any) -> Factors:
     if not 0 <= rate < 1:
-        raise ValueError(f"`rate` must be in [0, 1), got {rate}: it is what is dropped.")
+        raise ValueError(
+            f"`rate` must be in [0, 1), got {rate}: it is what is dropped."
+        )
     kept = (1 - rate) ** 0.5
     return Factors(kept, {"x": kept})
 

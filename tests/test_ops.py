@@ -1,0 +1,256 @@
+"""Every operation of the registry is held to one contract, on the cases it declares."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_unit_scaling as jus
+from jax_unit_scaling.op import OPS, Integers, Key, Zeros
+
+CASES = [
+    pytest.param(op, c, id=f"{name}-{i}")
+    for name, op in OPS.items()
+    for i, c in enumerate(op.cases)
+]
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+CONSTRAINABLE = [p for p in CASES if "constraint" in p.values[0]._signature.parameters]
+
+
+def _argument(spec, key, dtype):
+    match spec:
+        case Integers():
+            return jax.random.randint(key, spec.shape, 0, spec.high)
+        case Zeros():
+            return jnp.zeros(spec.shape, dtype)
+        case Key():
+            return key
+        case tuple() if all(isinstance(n, int) for n in spec):
+            return _normal(key, spec, dtype)
+    return spec
+
+
+def _normal(key, shape, dtype):
+    # Drawn in float32: JAX's bfloat16 normals have a scale of less than one.
+    return jax.random.normal(key, shape).astype(dtype)
+
+
+def _run(op, fn, c, dtype=jnp.float32):
+    """The output of `fn`, and the gradients by name, for unit-normal arguments."""
+    *keys, key = jax.random.split(jax.random.key(0), len(c.args) + 1)
+    args = [_argument(a, k, dtype) for a, k in zip(c.args, keys, strict=True)]
+    names = list(op.factors(*args, **c.options).bwd)
+    positions = [list(op._signature.parameters).index(name) for name in names]
+
+    def of_floats(*floats):
+        full = list(args)
+        for i, x in zip(positions, floats, strict=True):
+            full[i] = x
+        return fn(*full, **c.options)
+
+    out, vjp = jax.vjp(jax.jit(of_floats), *(args[i] for i in positions))
+    grads = vjp(_normal(key, out.shape, out.dtype))
+    return out, dict(zip(names, grads, strict=True))
+
+
+def _scale(x, statistic="rms"):
+    x = np.asarray(x, np.float64)
+    return np.std(x) if statistic == "std" else np.sqrt(np.mean(x**2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("op, c", CASES)
+def test_unconstrained_operation_has_unit_scale_in_both_passes(op, c, dtype):
+    free = op.constrained(None) if "constraint" in op._signature.parameters else op
+    out, grads = _run(op, free, c, dtype)
+    # The scale of n independent numbers has a standard error of (2 n)^-1/2; the cases
+    # have 3,000 numbers or more in each tensor, so 0.05 is four of them.
+    atol = 0.05 + c.error
+    if "out" not in op.unscaled:
+        np.testing.assert_allclose(_scale(out, op.statistic), 1, atol=atol)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(_scale(grad), 1, atol=atol, err_msg=name)
+        assert grad.dtype == out.dtype == dtype
+
+
+@pytest.mark.parametrize("op, c", CASES)
+def test_by_default_the_gradients_of_activations_are_true_up_to_one_constant(op, c):
+    if op is OPS["linear_readout"]:  # at a cut-edge, unconstrained by default
+        op_default = op.constrained(jus.to_output_scale)
+    else:
+        op_default = op
+    fwd = op.factors(*_shapes(c), **c.options | _default(op)).fwd
+    _, grads = _run(op, op_default, c)
+    _, plain = _run(op, lambda *a, **k: fwd * op.fn(*a, **k), c)
+    for name in grads:
+        got, true = (np.asarray(g[name], np.float64).ravel() for g in (grads, plain))
+        cosine = got @ true / np.sqrt((got @ got) * (true @ true))
+        np.testing.assert_allclose(cosine, 1, atol=1e-6, err_msg=name)
+        if name not in op.parameters:  # for activations the constant is one
+            np.testing.assert_allclose(got, true, rtol=2e-4, atol=1e-5, err_msg=name)
+
+
+def _shapes(c):
+    return [_argument(a, jax.random.key(0), jnp.float32) for a in c.args]
+
+
+def _default(op):
+    return {"constraint": jus.to_output_scale} if op is OPS["linear_readout"] else {}
+
+
+@pytest.mark.parametrize("constraint", [jus.gmean, jus.hmean, jus.amean])
+@pytest.mark.parametrize("op, c", CONSTRAINABLE)
+def test_a_constraint_makes_the_factors_of_activations_agree(op, c, constraint):
+    free = op.factors(*_shapes(c), **c.options, constraint=None)
+    tied = op.factors(*_shapes(c), **c.options, constraint=constraint)
+    active = [name for name in free.bwd if name not in op.parameters]
+    expected = constraint(free.fwd, *(free.bwd[name] for name in active))
+    np.testing.assert_allclose([tied.fwd, *(tied.bwd[n] for n in active)], expected)
+    for name in op.parameters:
+        assert tied.bwd.get(name) == free.bwd.get(name)
+
+
+# The plain functions, stated again: a derived rule would follow any function.
+PLAIN = {
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "elu": jax.nn.elu,
+    "selu": jax.nn.selu,
+    "celu": jax.nn.celu,
+    "gelu": lambda x, mult=1.0, **k: jax.nn.gelu(x * mult, **k) / mult,
+    "silu": lambda x, mult=1.0: jax.nn.silu(x * mult) / mult,
+    "tanh": lambda x, mult=1.0: jnp.tanh(x * mult) / mult,
+    "sigmoid": lambda x, mult=1.0: jax.nn.sigmoid(x * mult) / mult,
+    "softplus": lambda x, mult=1.0: jax.nn.softplus(x * mult) / mult,
+    "mish": lambda x, mult=1.0: jax.nn.mish(x * mult) / mult,
+    "hard_tanh": lambda x, mult=1.0: jax.nn.hard_tanh(x * mult) / mult,
+    "squareplus": jax.nn.squareplus,
+    "silu_glu": lambda x, g, mult=1.0: x * jax.nn.silu(g * mult) / mult,
+    "gelu_glu": lambda x, g, mult=1.0, **k: x * jax.nn.gelu(g * mult, **k) / mult,
+    "dot_general": jax.lax.dot_general,
+    "linear": lambda x, k, b=0.0, axis=-1: (
+        jnp.tensordot(x, k, axes=(axis, [0, 1] if isinstance(axis, tuple) else 0)) + b
+    ),
+    "matmul": jnp.matmul,
+    "einsum": jnp.einsum,
+    "add": jnp.add,
+    "softmax": lambda x, axis=-1, mult=1.0: jax.nn.softmax(x * mult, axis),
+    "layer_norm": lambda x, scale=1.0, bias=0.0: (
+        jax.nn.standardize(x, epsilon=1e-6) * scale + bias
+    ),
+    "rms_norm": lambda x, scale=1.0: (
+        x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * scale
+    ),
+    "embedding": lambda table, ids: table[ids],
+    "dot_product_attention": lambda q, k, v, is_causal=False, mult=1.0: (
+        jax.nn.dot_product_attention(
+            q, k, v, is_causal=is_causal, scale=mult / q.shape[-1]
+        )
+    ),
+    "dropout": lambda x, key, rate: jnp.where(
+        jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0
+    ),
+}
+PLAIN["linear_readout"] = PLAIN["linear"]
+
+
+@pytest.mark.parametrize("op, c", CASES)
+def test_operation_computes_its_namesake(op, c):
+    keys = jax.random.split(jax.random.key(1), len(c.args))
+    args = [_argument(a, k, jnp.float32) for a, k in zip(c.args, keys, strict=True)]
+    want = PLAIN[op.__name__](*args, **c.options)
+    np.testing.assert_allclose(op.fn(*args, **c.options), want, rtol=1e-4, atol=1e-5)
+
+
+def test_every_operation_is_exported():
+    missing = [n for n in OPS if getattr(jus, n, None) is not OPS[n]]
+    lines = "\n".join(f"    {name} as {name}," for name in missing)
+    assert not missing, f"add to jax_unit_scaling/__init__.py:\n{lines}"
+
+
+def test_any_elementwise_function_can_be_unit_scaled():
+    x, g = jax.random.normal(jax.random.key(0), (2, 2**16))
+    f = jus.unit_scaled(lambda x, power: jnp.sin(x) * x**power)
+    y, vjp = jax.vjp(jax.jit(lambda x: f(x, power=2, constraint=None)), x)
+    np.testing.assert_allclose(_scale(y, "std"), 1, atol=0.02)
+    np.testing.assert_allclose(_scale(vjp(g)[0]), 1, atol=0.02)
+
+
+def test_factors_ignore_the_values_and_fold_the_named_axes():
+    x, kernel = jnp.ones((8, 4, 16)), jnp.ones((16, 32))
+    one = jus.linear.factors(x[0], kernel, constraint=None)
+    split = jax.vmap(
+        lambda x: jnp.asarray(
+            jus.linear.factors(x, kernel, constraint=None, batch_axis_name="b").bwd[
+                "kernel"
+            ]
+        ),
+        axis_name="b",
+        out_axes=None,
+    )(x)
+    np.testing.assert_allclose(split, one.bwd["kernel"] * 8**-0.5)
+
+
+def test_float16_sums_over_a_large_batch_do_not_overflow():
+    # Each weight's gradient is a sum of 2^17 ones: beyond float16, 362 once scaled.
+    x = jnp.ones((2**17, 8), jnp.float16)
+    kernel = jnp.ones((8, 8), jnp.float16)
+    bias = jnp.zeros(8, jnp.float16)
+    y, vjp = jax.vjp(jus.linear, x, kernel, bias)
+    dx, dkernel, dbias = vjp(jnp.ones_like(y))
+    np.testing.assert_allclose(dkernel, 2**8.5, rtol=1e-3)
+    np.testing.assert_allclose(dbias, 2**8.5, rtol=1e-3)
+    np.testing.assert_allclose(dx, 8**0.5, rtol=1e-3)
+
+
+X, KERNEL = jnp.ones((4, 8)), jnp.ones((8, 16))
+WRONG = {
+    "kernel": (lambda: jus.linear(X, KERNEL.T), ValueError, "`kernel` must begin"),
+    "bias": (lambda: jus.linear(X, KERNEL, X[0]), ValueError, "`bias` must have"),
+    "axis": (lambda: jus.linear(X, KERNEL, axis=5), ValueError, "`axis` 5 is out of"),
+    "softmax axis": (lambda: jus.softmax(X, axis=2), ValueError, "`axis` 2 is out of"),
+    "integers": (lambda: jus.gelu(jnp.arange(3)), TypeError, "`x` must be a floating"),
+    "mult": (lambda: jus.gelu(X, mult=-1.0), ValueError, "`mult` must be finite and"),
+    "string": (
+        lambda: jus.linear(X, KERNEL, constraint="gmean"),
+        TypeError,
+        "`constraint` must be a function",
+    ),
+    "format": (lambda: jus.Formats("e4m3"), TypeError, "`fwd` must be a"),
+    "matmul": (lambda: jus.matmul(X, X), ValueError, "must agree on k"),
+    "einsum": (lambda: jus.einsum("ij,ij->i", X, KERNEL), ValueError, "two sizes"),
+    "one operand": (lambda: jus.einsum("ij->i", X, X), ValueError, "two operands"),
+    "add": (lambda: jus.add(X, KERNEL), ValueError, "must be broadcastable"),
+    "gate": (lambda: jus.silu_glu(X, KERNEL), ValueError, "`x` and `gate` must"),
+    "scale": (lambda: jus.layer_norm(X, X), ValueError, "`scale` must have"),
+    "ids": (lambda: jus.embedding(X, X), TypeError, "`ids` must be an array of int"),
+    "rate": (
+        lambda: jus.dropout(X, jax.random.key(0), rate=1.0),
+        ValueError,
+        r"`rate` must be in \[0, 1\)",
+    ),
+    "attention": (
+        lambda: jus.dot_product_attention(X, X, X),
+        ValueError,
+        "must be ",
+    ),
+    "labels": (
+        lambda: jus.cross_entropy(X, jnp.zeros(3, int)),
+        ValueError,
+        "`labels` must have",
+    ),
+    "targets": (lambda: jus.mse_loss(X, KERNEL), ValueError, "`targets` must have"),
+    "tau": (lambda: jus.residual_apply(jus.relu, X, tau=0.0), ValueError, "`tau` must"),
+    "unconstrainable": (
+        lambda: jus.layer_norm.constrained(None),
+        TypeError,
+        "takes no constraint",
+    ),
+    "unknown": (lambda: jus.gelu(X, approx=True), TypeError, "gelu.*approx"),
+}
+
+
+@pytest.mark.parametrize("call, error, match", WRONG.values(), ids=WRONG)
+def test_bad_input_gets_an_error_that_names_it(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
