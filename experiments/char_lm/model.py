@@ -1,0 +1,186 @@
+"""One Transformer in two parametrisations: regular Flax, and unit-scaled."""
+
+import dataclasses
+import functools as ft
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import jax_unit_scaling as jus
+
+Precision = Literal["float32", "bfloat16", "float16", "fp8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The model: its size, and what this experiment compares."""
+
+    parametrisation: Literal["regular", "unit"] = "unit"
+    precision: Precision = "float32"
+    width: int = 128
+    depth: int = 4
+    head_size: int = 32
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.float32 if self.precision == "fp8" else jnp.dtype(self.precision)
+
+    @property
+    def formats(self) -> jus.Formats | None:
+        return jus.SIMULATED_FP8 if self.precision == "fp8" else None
+
+
+class UnitModel(nnx.Module):
+    """Embedding, pre-norm blocks, norm and readout, all unit-scaled."""
+
+    def __init__(self, config: ModelConfig, vocabulary: int, *, rngs: nnx.Rngs):
+        width, dtype = config.width, config.dtype
+        self.embed = jus.nnx.Embed(vocabulary, width, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            jus.nnx.TransformerBlock(
+                width,
+                width // config.head_size,
+                4 * width,
+                index=i,
+                depth=config.depth,
+                activation=jus.gelu,
+                gated=False,
+                formats=config.formats,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            for i in range(config.depth)
+        )
+        self.norm = jus.nnx.RMSNorm(width, use_scale=False, dtype=dtype, rngs=rngs)
+        self.readout = jus.nnx.LinearReadout(
+            width,
+            vocabulary,
+            use_bias=False,
+            formats=config.formats,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.readout(self.norm(x))
+
+
+class RegularBlock(nnx.Module):
+    """The same block of plain Flax layers, with their default initialisers."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        width = config.width
+        common: dict[str, Any] = {
+            "use_bias": False,
+            "dtype": config.dtype,
+            "rngs": rngs,
+        }
+        rounded = ft.partial(_dot_general, formats=config.formats)
+        norm = ft.partial(
+            nnx.RMSNorm, width, use_scale=False, dtype=config.dtype, rngs=rngs
+        )
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention = nnx.MultiHeadAttention(
+            width // config.head_size,
+            width,
+            decode=False,
+            qkv_dot_general=rounded,
+            out_dot_general=rounded,
+            attention_fn=ft.partial(_attention, formats=config.formats),
+            **common,
+        )
+        self.up = nnx.Linear(width, 4 * width, dot_general=rounded, **common)
+        self.down = nnx.Linear(4 * width, width, dot_general=rounded, **common)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), is_causal=True)
+        return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
+
+
+class RegularModel(nnx.Module):
+    """The same model of plain Flax layers, with their default initialisers."""
+
+    def __init__(self, config: ModelConfig, vocabulary: int, *, rngs: nnx.Rngs):
+        width, dtype = config.width, config.dtype
+        self.embed = nnx.Embed(vocabulary, width, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            RegularBlock(config, rngs=rngs) for _ in range(config.depth)
+        )
+        self.norm = nnx.RMSNorm(width, use_scale=False, dtype=dtype, rngs=rngs)
+        self.readout = nnx.Linear(
+            width,
+            vocabulary,
+            use_bias=False,
+            dot_general=ft.partial(_dot_general, formats=config.formats),
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.readout(self.norm(x))
+
+
+def make_model(config: ModelConfig, vocabulary: int, seed: int) -> nnx.Module:
+    """The configured model with fresh parameters."""
+    if config.width % config.head_size:
+        raise ValueError(
+            f"`width` must be a multiple of `head_size` {config.head_size}, got "
+            f"{config.width}."
+        )
+    models = {"unit": UnitModel, "regular": RegularModel}
+    return models[config.parametrisation](config, vocabulary, rngs=nnx.Rngs(seed))
+
+
+def make_loss(config: ModelConfig) -> Any:
+    """loss(logits, targets): the value is the same mean in nats for both."""
+    if config.parametrisation == "unit":
+        return jus.cross_entropy
+
+    def regular(logits: jax.Array, targets: jax.Array) -> jax.Array:
+        wide = logits.astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(wide, targets).mean()
+
+    return regular
+
+
+def _dot_general(
+    lhs: jax.Array, rhs: jax.Array, *args: Any, formats: jus.Formats | None, **more: Any
+) -> jax.Array:
+    """A plain product, rounded as the unit-scaled one is, without its factors."""
+    if formats is None or formats.fwd is None or formats.bwd is None:
+        return jax.lax.dot_general(lhs, rhs, *args, **more)
+    lhs, rhs = (jus.quantize_fwd(x, formats.fwd) for x in (lhs, rhs))
+    return jus.quantize_bwd(jax.lax.dot_general(lhs, rhs, *args, **more), formats.bwd)
+
+
+def _attention(
+    *qkv: jax.Array,
+    formats: jus.Formats | None,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+    **_: Any,
+) -> jax.Array:
+    """Plain attention, rounded where the unit-scaled one is."""
+    query, key, value = qkv
+    scale = query.shape[-1] ** -0.5
+    if formats is not None and formats.fwd is not None:
+        query, key, value = (jus.quantize_fwd(x, formats.fwd) for x in qkv)
+    logits = jnp.einsum(
+        "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
+    )
+    causal = jnp.tri(logits.shape[-2], logits.shape[-1], dtype=bool)
+    logits = jnp.where(causal, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits * scale).astype(value.dtype)
+    y = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    if formats is not None and formats.bwd is not None:
+        y = jus.quantize_bwd(y, formats.bwd)
+    return y
