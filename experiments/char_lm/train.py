@@ -17,6 +17,8 @@ import tyro
 from flax import nnx
 from rich.progress import Progress
 
+import jax_unit_scaling as jus
+
 from .data import Corpus, eval_batches, load_corpus, train_batch
 from .model import ModelConfig, make_loss, make_model
 
@@ -32,7 +34,8 @@ class TrainConfig:
     data: Path | None = None
     """Folder with train.txt, valid.txt and test.txt; by default the source text of the
     running Python's standard library."""
-    learning_rate: float = 2.0**-6
+    learning_rate: float = 1.0
+    """Of Adam; about 1 for unit, 2^-8 for regular."""
     warmup: int = 50
     steps: int = 1000
     batch: int = 8
@@ -53,7 +56,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     graph, params = nnx.split(
         make_model(config.model, len(corpus.vocabulary), config.seed)
     )
-    optimiser = _optimiser(config)
+    optimiser = _optimiser(config, params)
     state = (params, optimiser.init(params))
     loss = make_loss(config.model)
 
@@ -116,7 +119,9 @@ def _restored(saved: Any, step: int, state: Any) -> Any:
     return jax.tree.unflatten(structure, restored)
 
 
-def _optimiser(config: TrainConfig) -> Any:
+def _optimiser(config: TrainConfig, params: Any) -> Any:
+    """Adam; unit-scaled, with u-muP's factor on each weight's learning rate."""
+    unit = config.model.parametrisation == "unit"
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
@@ -124,7 +129,11 @@ def _optimiser(config: TrainConfig) -> Any:
         config.steps,
         config.learning_rate / 10,
     )
-    return optax.adam(schedule, b2=0.99, eps=1e-12)
+    return optax.chain(
+        optax.scale_by_adam(b2=0.99, eps=1e-12),
+        jus.optim.scale_by_umup(params) if unit else optax.identity(),
+        optax.scale_by_learning_rate(schedule),
+    )
 
 
 def _shown(steps: range) -> Iterator[int]:

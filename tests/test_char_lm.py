@@ -1,0 +1,103 @@
+"""The character-level experiment: its data, and a run from end to end."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from experiments.char_lm.data import eval_batches, load_corpus, train_batch
+from experiments.char_lm.model import ModelConfig
+from experiments.char_lm.train import TrainConfig, train
+
+
+@pytest.fixture
+def folder(tmp_path):
+    text = "the quick brown fox jumps over the lazy dog, naïvely. " * 200
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_standard_library_is_megabytes_of_text():
+    corpus = load_corpus()
+    assert len(corpus.train) > 5e6 and len(corpus.valid) > 1e4
+    assert list(corpus.vocabulary) == sorted(set(corpus.vocabulary))
+    text = "".join(np.array(corpus.vocabulary)[corpus.train[: 10**6]])
+    assert "def " in text
+
+
+def test_batches_are_a_function_of_seed_and_step(folder):
+    ids = load_corpus(folder).train
+    a, b, c = (train_batch(ids, step=s, seed=0, batch=4, length=16) for s in (3, 3, 4))
+    np.testing.assert_array_equal(a.inputs, b.inputs)
+    assert (a.inputs != c.inputs).any()
+    np.testing.assert_array_equal(a.inputs[:, 1:], a.targets[:, :-1])
+
+
+@pytest.mark.parametrize("limit", [None, 100])
+def test_evaluation_sees_each_target_once(folder, limit):
+    ids = load_corpus(folder).valid
+    batches = list(eval_batches(ids, batch=3, length=16, limit=limit))
+    seen = np.concatenate([b.targets[b.mask] for b in batches])
+    np.testing.assert_array_equal(seen, ids[1:][: limit or len(ids)])
+
+
+def test_bad_text_gets_an_error_that_names_the_file(folder):
+    with pytest.raises(FileNotFoundError, match="missing: .*train.txt, .*valid.txt"):
+        load_corpus(folder / "nowhere")
+    (folder / "valid.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"valid\.txt is empty"):
+        load_corpus(folder)
+    (folder / "valid.txt").write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(ValueError, match=r"valid\.txt is not UTF-8"):
+        load_corpus(folder)
+    with pytest.raises(ValueError, match="must be longer than `length` 16"):
+        train_batch(np.arange(5), step=0, seed=0, batch=1, length=16)
+
+
+def _config(folder, **more):
+    model = ModelConfig(width=32, depth=1, head_size=16, **more)
+    return TrainConfig(
+        out=folder / "run",
+        data=folder,
+        model=model,
+        steps=20,
+        batch=4,
+        length=32,
+        checkpoint_every=10,
+        eval_characters=1000,
+        learning_rate=1.0 if model.parametrisation == "unit" else 2.0**-7,
+    )
+
+
+@pytest.mark.parametrize("parametrisation", ["unit", "regular"])
+@pytest.mark.parametrize("precision", ["float32", "float16", "fp8"])
+def test_a_run_learns(folder, parametrisation, precision):
+    config = _config(folder, parametrisation=parametrisation, precision=precision)
+    uniform = np.log2(len(load_corpus(folder).vocabulary))
+    final = train(config)
+    if (parametrisation, precision) != ("regular", "fp8"):  # which may well stall
+        assert final["valid_bits"] < uniform
+    assert np.isfinite(final["valid_bits"])
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(folder):
+    config = _config(folder)
+    whole = train(config)
+    shutil.rmtree(config.out / "checkpoints" / "20")
+    lines = (config.out / "metrics.jsonl").read_text().splitlines()
+    assert train(config) == whole
+    again = (config.out / "metrics.jsonl").read_text().splitlines()[len(lines) :]
+    assert [json.loads(x) for x in again] == [json.loads(x) for x in lines[-3:]]
+
+
+def test_a_folder_of_another_run_is_refused(folder):
+    config = _config(folder)
+    train(config)
+    with pytest.raises(ValueError, match="another config"):
+        train(dataclasses.replace(config, seed=1))
+    (folder / "test.txt").write_text("other characters: é" * 100, encoding="utf-8")
+    with pytest.raises(ValueError, match="another fingerprint"):
+        train(config)
