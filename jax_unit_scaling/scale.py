@@ -69,7 +69,7 @@ def _times(x: Array, factor: float) -> Array:
     if factor == 1.0:
         return x
     dtype = jnp.finfo(x.dtype)
-    if dtype.bits >= 16 and dtype.tiny <= factor <= dtype.max:
+    if dtype.bits >= 16 and float(dtype.tiny) <= factor <= float(dtype.max):
         return x * factor
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
