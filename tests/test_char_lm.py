@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.char_lm.data import eval_batches, load_corpus, train_batch
+from experiments.char_lm.demo import DemoConfig, demo
 from experiments.char_lm.model import ModelConfig
 from experiments.char_lm.train import TrainConfig, train
 
@@ -101,3 +102,19 @@ def test_a_folder_of_another_run_is_refused(folder):
     (folder / "test.txt").write_text("other characters: é" * 100, encoding="utf-8")
     with pytest.raises(ValueError, match="another fingerprint"):
         train(config)
+
+
+def test_the_demo_compares_six_runs_and_draws_them(folder, monkeypatch, capsys):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    config = DemoConfig(
+        out=folder / "demo",
+        data=folder,
+        steps=12,
+        width=32,
+        depth=1,
+        batch=2,
+        length=16,
+    )
+    rows = demo(config)
+    assert len(rows) == 6 and (config.out / "loss.png").stat().st_size > 10_000
+    assert "gap to float32" in capsys.readouterr().out
