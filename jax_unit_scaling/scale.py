@@ -18,7 +18,7 @@ def scaled(
     operation, XLA folds the others, and nothing is saved for the backward pass.
 
     Where `fwd != bwd` this is deliberately not the derivative. It is sound where the
-    constraints of the paper hold: see DESIGN.md, and `audit` what you are unsure of.
+    constraints of the paper hold: see DESIGN.md.
     Forward-mode differentiation of a false gradient has no meaning and is refused by
     JAX (`custom_vjp`).
 
