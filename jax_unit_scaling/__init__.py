@@ -46,6 +46,7 @@ from .ops.arithmetic import (
 )
 from .ops.attention import (
     dot_product_attention as dot_product_attention,
+    rotary as rotary,
     softmax as softmax,
 )
 from .ops.contraction import (

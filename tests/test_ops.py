@@ -110,6 +110,18 @@ def test_a_constraint_makes_the_factors_of_activations_agree(op, c, constraint):
         assert tied.bwd.get(name) == free.bwd.get(name)
 
 
+def _turned(x, positions, base):
+    """Rotary positions by complex numbers."""
+    half = x.shape[-1] // 2
+    if positions is None:
+        positions = np.arange(x.shape[-3])
+    turn = np.exp(
+        1j * np.asarray(positions)[..., None, None] * base ** (-np.arange(half) / half)
+    )
+    z = (np.asarray(x[..., :half]) + 1j * np.asarray(x[..., half:])) * turn
+    return np.concatenate([z.real, z.imag], -1)
+
+
 # The plain functions, stated again: a derived rule would follow any function.
 PLAIN = {
     "relu": jax.nn.relu,
@@ -147,6 +159,7 @@ PLAIN = {
             q, k, v, is_causal=is_causal, scale=mult / q.shape[-1]
         )
     ),
+    "rotary": lambda x, positions=None, base=1e4: _turned(x, positions, base),
     "dropout": lambda x, key, rate: jnp.where(
         jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0
     ),
@@ -233,6 +246,11 @@ WRONG = {
         lambda: jus.dot_product_attention(X, X, X),
         ValueError,
         "must be ",
+    ),
+    "positions": (
+        lambda: jus.rotary(jnp.ones((3, 2, 8)), jnp.arange(4)),
+        ValueError,
+        "`positions` must be",
     ),
     "labels": (
         lambda: jus.cross_entropy(X, jnp.zeros(3, int)),

@@ -169,11 +169,13 @@ def _attention(
     is_causal: bool = False,
     **_: Any,
 ) -> jax.Array:
-    """Plain attention, rounded where the unit-scaled one is."""
-    query, key, value = qkv
+    """Plain attention with rotary positions, rounded where the unit-scaled one is."""
+    query, key, value = jus.rotary(qkv[0]), jus.rotary(qkv[1]), qkv[2]
     scale = query.shape[-1] ** -0.5
     if formats is not None and formats.fwd is not None:
-        query, key, value = (jus.quantize_fwd(x, formats.fwd) for x in qkv)
+        query, key, value = (
+            jus.quantize_fwd(x, formats.fwd) for x in (query, key, value)
+        )
     logits = jnp.einsum(
         "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
     )

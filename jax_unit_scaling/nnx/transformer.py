@@ -12,7 +12,7 @@ from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
 from ..op import AxisName
 from ..ops.activation import silu_glu
-from ..ops.attention import dot_product_attention
+from ..ops.attention import dot_product_attention, rotary
 from ..ops.residual import residual_apply, transformer_residual_rule
 from .linear import Linear, LinearGeneral, unit_normal
 from .normalization import RMSNorm
@@ -24,6 +24,7 @@ class _Attention:
 
     formats: Formats | None
     mult: float
+    rotary_base: float | None
     constraint: Constraint | None
 
     def __call__(
@@ -39,6 +40,8 @@ class _Attention:
     ) -> jax.Array:
         if module is not None:
             raise ValueError("`sow_weights` is not supported.")
+        if self.rotary_base is not None:
+            query, key = (rotary(x, base=self.rotary_base) for x in (query, key))
         return dot_product_attention(
             query,
             key,
@@ -59,6 +62,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
 
         formats: the number formats of its projections, and of attention's inputs.
         mult: multiplies the attention logits (u-muP's alpha_attn-softmax).
+        rotary_base: turns queries and keys by their positions (`rotary`), if given.
         constraint, batch_axis_name: as in `Linear`.
     """
 
@@ -74,6 +78,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         attention_fn: Callable[..., jax.Array] | None = None,
         formats: Formats | None = None,
         mult: float = 1.0,
+        rotary_base: float | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
@@ -96,7 +101,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             in_features,
             *sizes,
             kernel_init=zeros,
-            attention_fn=attention_fn or _Attention(formats, mult, constraint),
+            attention_fn=attention_fn
+            or _Attention(formats, mult, rotary_base, constraint),
             rngs=rngs,
             **namesake | {"decode": False},
         )
@@ -175,7 +181,7 @@ class TransformerBlock(nnx.Module):
         depth: the number of blocks in the stack.
         residual_rule: tau(index, layers), of residual adds: two for each block.
         is_causal: whether a position sees only those up to its own.
-        mult: multiplies the attention logits.
+        mult, rotary_base: as in `MultiHeadAttention`.
         activation, gated: the MLP's.
         use_bias, formats, dtype, param_dtype, batch_axis_name: of all its layers.
 
@@ -193,6 +199,7 @@ class TransformerBlock(nnx.Module):
         residual_rule: Callable[[int, int], float] | None = None,
         is_causal: bool = True,
         mult: float = 1.0,
+        rotary_base: float | None = 10000.0,
         activation: Callable[..., jax.Array] = silu_glu,
         gated: bool = True,
         rngs: nnx.Rngs,
@@ -206,7 +213,12 @@ class TransformerBlock(nnx.Module):
         # Norms have no gain: its learning rate would not transfer (u-muP, section 3).
         self.attention_norm = RMSNorm(features, use_scale=False, rngs=rngs, **norm)
         self.attention = MultiHeadAttention(
-            num_heads, features, mult=mult, rngs=rngs, **linear
+            num_heads,
+            features,
+            mult=mult,
+            rotary_base=rotary_base,
+            rngs=rngs,
+            **linear,
         )
         self.mlp_norm = RMSNorm(features, use_scale=False, rngs=rngs, **norm)
         self.mlp = MLP(

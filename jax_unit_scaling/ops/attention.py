@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Integer
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats, quantize_bwd, quantize_fwd
 from ..moments import softmax_moments
-from ..op import Factors, case, scaled_op
+from ..op import Factors, Integers, case, scaled_op
 from ..scale import check_factor
 
 
@@ -197,3 +197,55 @@ def dot_product_attention(
     if formats is not None and formats.bwd is not None:
         y = quantize_bwd(y, formats.bwd)
     return y
+
+
+def _rotary_rule(x: Any, positions: Any = None, **_: Any) -> Factors:
+    if len(x.shape) < 3 or x.shape[-1] % 2:
+        raise ValueError(
+            "`x` must be [..., length, heads, head_size] with an even head size, got "
+            f"shape {x.shape}."
+        )
+    if positions is not None and (
+        not positions.shape
+        or positions.shape[-1] != x.shape[-3]
+        or len(positions.shape) > len(x.shape) - 2
+    ):
+        raise ValueError(
+            f"`positions` must be [..., length] for `x` of shape {x.shape}, got shape "
+            f"{positions.shape}."
+        )
+    return Factors(1.0, {"x": 1.0})
+
+
+@scaled_op(
+    rule=_rotary_rule,
+    cases=(
+        case((4, 64, 2, 32)),
+        case((4, 64, 2, 32), Integers((4, 64), 256)),
+        case((64, 4, 64), base=500000.0),
+    ),
+)
+def rotary(
+    x: Float[Array, "*batch length heads head_size"],
+    positions: Integer[Array, "*#batch length"] | None = None,
+    *,
+    base: float = 10000.0,
+) -> Float[Array, "*batch length heads head_size"]:
+    """Rotary positions: turns the pair (x_i, x_{i + d/2}) of a head's d features by the
+    angle position / base^(2i/d). `positions` are 0, 1, ... where none are given.
+
+    Factors: 1 both ways, as a rotation keeps every scale and is its own gradient's
+    inverse. Computed in float32 at least: an angle of thousands needs its bits.
+
+    Reference: RoFormer (Su et al., 2021), section 3.4, in the layout of GPT-NeoX.
+    """
+    half = x.shape[-1] // 2
+    if positions is None:
+        positions = jnp.arange(x.shape[-3])
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    frequency = base ** (-np.arange(half) / half)
+    angle = positions[..., None, None].astype(wide) * frequency.astype(wide)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(wide), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
