@@ -14,7 +14,7 @@ FLOORS = [
     {"op", "parameters"},
     {"ops"},
     {"nnx"},
-    {"optim"},
+    {"analysis", "optim"},
     {"__init__"},
 ]
 # Each framework has one door.
@@ -22,7 +22,7 @@ DOORS = {
     "flax": {"nnx", "optim"},
     "optax": {"optim"},
     "matplotlib": {"analysis"},
-    "rich": set(),
+    "rich": {"analysis"},
 }
 FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
 

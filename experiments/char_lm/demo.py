@@ -1,24 +1,25 @@
 """The comparison: regular against unit-scaled, in float32, simulated FP8 and float16.
 
 `make demo`, or `python -m experiments.char_lm.demo --help`. All runs see the same data
-for the same steps; each parametrisation has one learning rate for all its precisions.
+for the same steps, at the best learning rate that `experiments.char_lm.sweep` found for
+each parametrisation in float32.
 """
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from .model import ModelConfig, Precision
-from .train import TrainConfig, train
+from jax_unit_scaling import analysis
 
-RUNS: tuple[tuple[str, Precision], ...] = (
+from .data import load_corpus, train_batch
+from .histogram import initial_histograms
+from .model import ModelConfig, Parametrisation, Precision
+from .train import TrainConfig, read_metrics, train
+
+RUNS: tuple[tuple[Parametrisation, Precision], ...] = (
     ("regular", "float32"),
     ("regular", "fp8"),
     ("regular", "float16"),
@@ -26,6 +27,8 @@ RUNS: tuple[tuple[str, Precision], ...] = (
     ("unit", "fp8"),
     ("unit", "float16"),
 )
+NAMES = {"regular": "regular", "unit": "unit-scaled"}
+PRECISIONS = {"fp8": "simulated FP8", "float16": "float16, no loss scaling"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,32 +48,30 @@ class DemoConfig:
 
 
 def demo(config: DemoConfig) -> list[dict[str, Any]]:
-    """Runs all six, prints the table and draws the loss curves into `out`."""
+    """Runs all six, prints the table, draws `loss.png` and `scales.png` into `out`."""
+    runs = [run_config(config, *run) for run in RUNS]
+    results = [train(run)["valid_bits"] for run in runs]
     rows = []
-    for parametrisation, precision in RUNS:
-        print(f"{parametrisation}, {precision}")
-        run = _run_config(config, parametrisation, precision)
-        rows.append({"run": run, "valid_bits": train(run)["valid_bits"]})
-    baseline = rows[0]["valid_bits"]
-    table = Table("model", "precision", "valid. bits per character", "gap to float32")
-    for row in rows:
-        model, bits = row["run"].model, row["valid_bits"]
-        if model.precision == "float32":
-            baseline = bits
-        table.add_row(
-            model.parametrisation,
-            model.precision,
-            f"{bits:.3f}",
-            f"{bits - baseline:+.3f}",
+    for (parametrisation, precision), bits in zip(RUNS, results, strict=True):
+        baseline = results[RUNS.index((parametrisation, "float32"))]
+        rows.append(
+            {
+                "model": NAMES[parametrisation],
+                "precision": PRECISIONS.get(precision, precision),
+                "valid. bits per character": f"{bits:.3f}",
+                "gap to float32": f"{bits - baseline:+.3f}" * (precision != "float32"),
+            }
         )
-    Console().print(table)
-    _draw_losses([row["run"] for row in rows], config.out / "loss.png")
+    Console().print(analysis.table(rows))
+    _draw_losses(runs, config.out / "loss.png")
+    _draw_scales(config, config.out / "scales.png")
     return rows
 
 
-def _run_config(
-    config: DemoConfig, parametrisation: Any, precision: Any
+def run_config(
+    config: DemoConfig, parametrisation: Parametrisation, precision: Precision
 ) -> TrainConfig:
+    """One of the demonstration's runs."""
     rates = {"regular": config.regular_learning_rate, "unit": config.unit_learning_rate}
     return TrainConfig(
         out=config.out / f"{parametrisation}-{precision}",
@@ -87,28 +88,48 @@ def _run_config(
 
 
 def _draw_losses(runs: list[TrainConfig], path: Path) -> None:
-    styles = {"float32": "-", "fp8": "--", "float16": ":"}
-    colours = {"regular": "tab:orange", "unit": "tab:blue"}
-    figure, axes = plt.subplots(figsize=(7, 4))
+    dashes = {"float32": "-", "fp8": "--", "float16": ":"}
+    colours = {"regular": "C0", "unit": "C1"}
+    lines, styles = {}, {}
     for run in runs:
-        # Steps that a resumed run repeats are the same: the last line of each counts.
-        points = {}
-        for line in (run.out / "metrics.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            if math.isfinite(record.get("loss_bits", math.nan)):
-                points[record["step"]] = record["loss_bits"]
         model = run.model
-        axes.plot(
-            *zip(*sorted(points.items()), strict=True),
-            styles[model.precision],
-            color=colours[model.parametrisation],
-            label=f"{model.parametrisation}, {model.precision}",
-        )
-    axes.set(xlabel="step", ylabel="training loss (bits per character)")
-    axes.legend()
-    figure.tight_layout()
+        precision = PRECISIONS.get(model.precision, model.precision)
+        label = f"{NAMES[model.parametrisation]}, {precision}"
+        lines[label] = [
+            (r["step"], r["loss_bits"])
+            for r in read_metrics(run.out)
+            if "loss_bits" in r
+        ]
+        styles[label] = {
+            "linestyle": dashes[model.precision],
+            "color": colours[model.parametrisation],
+        }
+    figure = analysis.curves(
+        lines, x="step", y="training loss (bits per character)", styles=styles
+    )
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+    print(f"drew {path}: the loss of each run")
+
+
+def _draw_scales(config: DemoConfig, path: Path) -> None:
+    corpus = load_corpus(config.data)
+    batch = train_batch(
+        corpus.train, step=0, seed=config.seed, batch=config.batch, length=config.length
+    )
+    figure = analysis.histograms(
+        {
+            NAMES[parametrisation]: initial_histograms(
+                ModelConfig(parametrisation, width=config.width, depth=config.depth),
+                len(corpus.vocabulary),
+                config.seed,
+                batch.inputs,
+                batch.targets,
+            )
+            for parametrisation in ("regular", "unit")
+        }
+    )
+    figure.savefig(path, dpi=120)
+    print(f"drew {path}: the scales at initialisation, and the formats' ranges")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from flax import nnx
 
 import jax_unit_scaling as jus
 
+Parametrisation = Literal["regular", "unit"]
 Precision = Literal["float32", "bfloat16", "float16", "fp8"]
 
 
@@ -18,7 +19,7 @@ Precision = Literal["float32", "bfloat16", "float16", "fp8"]
 class ModelConfig:
     """The model: its size, and what this experiment compares."""
 
-    parametrisation: Literal["regular", "unit"] = "unit"
+    parametrisation: Parametrisation = "unit"
     precision: Precision = "float32"
     width: int = 128
     depth: int = 4

@@ -1,12 +1,13 @@
 """Trains one character-level language model: `python -m experiments.char_lm.train`."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,26 @@ import optax
 import orbax.checkpoint as ocp
 import tyro
 from flax import nnx
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 import jax_unit_scaling as jus
 
-from .data import Corpus, eval_batches, load_corpus, train_batch
+from .data import Batch, Corpus, Ids, eval_batches, load_corpus, train_batch
 from .model import ModelConfig, make_loss, make_model
+
+# Both make updates of unit size, whatever the gradient's scale: neither parametrisation
+# is favoured, and u-muP's factors are the same. An epsilon would be a scale; this one
+# is far below any gradient's.
+OPTIMISERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": lambda: optax.scale_by_adam(b2=0.99, eps=1e-12),
+    "lion": lambda: optax.scale_by_lion(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +49,9 @@ class TrainConfig:
     data: Path | None = None
     """Folder with train.txt, valid.txt and test.txt; by default the source text of the
     running Python's standard library."""
+    optimiser: Literal["adam", "lion"] = "adam"
     learning_rate: float = 1.0
-    """Of Adam; about 1 for unit, 2^-8 for regular."""
+    """For Adam about 1/2 if unit-scaled and 2^-8 if regular: see the sweep."""
     warmup: int = 50
     steps: int = 1000
     batch: int = 8
@@ -44,20 +60,29 @@ class TrainConfig:
     eval_characters: int = 65536
     checkpoint_every: int = 200
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "length", "eval_characters", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"`{name}` must be 1 or more, got {getattr(self, name)}."
+                )
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Runs to the end, or goes on with what was begun; returns the final metrics.
 
-    Raises:
-        ValueError: if `out` holds a run of another configuration or vocabulary.
-    """
-    corpus = load_corpus(config.data)
-    _claim(config, corpus)
-    graph, params = nnx.split(
-        make_model(config.model, len(corpus.vocabulary), config.seed)
-    )
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a configuration means: a state to start from, and functions of it."""
+
+    state: Any
+    step: Callable[..., Any]
+    """(state, inputs, targets) -> (state, loss in nats)"""
+    nats: Callable[..., jax.Array]
+    """(state, inputs, targets) -> the loss of each character, [batch, length]"""
+
+
+def make_task(config: TrainConfig, vocabulary: int) -> Task:
+    """The jitted functions that `train` calls."""
+    graph, params = nnx.split(make_model(config.model, vocabulary, config.seed))
     optimiser = _optimiser(config, params)
-    state = (params, optimiser.init(params))
     loss = make_loss(config.model)
 
     @jax.jit
@@ -70,57 +95,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return (optax.apply_updates(params, updates), opt_state), value
 
     @jax.jit
-    def nats(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-        logp = jax.nn.log_softmax(nnx.merge(graph, params)(inputs).astype(jnp.float32))
-        return -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+    def nats(state: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = nnx.merge(graph, state[0])(inputs).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
-    def evaluate(split: np.ndarray) -> float:
-        total, count = 0.0, 0
-        for b in eval_batches(
-            split,
-            batch=config.batch,
-            length=config.length,
-            limit=config.eval_characters,
-        ):
-            total += float(
-                np.asarray(nats(state[0], b.inputs, b.targets))[b.mask].sum()
-            )
-            count += int(b.mask.sum())
-        return total / count / math.log(2)
-
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager(
-        config.out.resolve() / "checkpoints", options=options
-    ) as saved:
-        start = saved.latest_step() or 0
-        if start:
-            state = _restored(saved, start, state)
-        for i in _shown(range(start, config.steps)):
-            b = train_batch(
-                corpus.train,
-                step=i,
-                seed=config.seed,
-                batch=config.batch,
-                length=config.length,
-            )
-            state, value = step(state, b.inputs, b.targets)
-            if i % 10 == 0 or i + 1 == config.steps:
-                _log(config, step=i, loss_bits=float(value) / math.log(2))
-            if (i + 1) % config.checkpoint_every == 0:
-                saved.save(i + 1, args=ocp.args.StandardSave(jax.tree.leaves(state)))
-    final = {"step": config.steps, "valid_bits": evaluate(corpus.valid)}
-    _log(config, **final)
-    return final
-
-
-def _restored(saved: Any, step: int, state: Any) -> Any:
-    leaves, structure = jax.tree.flatten(state)
-    restored = saved.restore(step, args=ocp.args.StandardRestore(leaves))
-    return jax.tree.unflatten(structure, restored)
+    return Task((params, optimiser.init(params)), step, nats)
 
 
 def _optimiser(config: TrainConfig, params: Any) -> Any:
-    """Adam; unit-scaled, with u-muP's factor on each weight's learning rate."""
+    """The optimiser, for unit-scaled models with u-muP's factors on learning rates."""
     unit = config.model.parametrisation == "unit"
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
@@ -130,16 +113,113 @@ def _optimiser(config: TrainConfig, params: Any) -> Any:
         config.learning_rate / 10,
     )
     return optax.chain(
-        optax.scale_by_adam(b2=0.99, eps=1e-12),
+        OPTIMISERS[config.optimiser](),
         jus.optim.scale_by_umup(params) if unit else optax.identity(),
         optax.scale_by_learning_rate(schedule),
     )
 
 
-def _shown(steps: range) -> Iterator[int]:
-    """The steps, with a progress bar and the time that is left."""
-    with Progress() as progress:
-        yield from progress.track(steps, description="training")
+def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Runs to the end, or goes on with what was begun; returns the final metrics.
+
+    Raises:
+        ValueError: if `out` holds a run of another configuration or vocabulary, or its
+            last checkpoint cannot be read.
+    """
+    corpus = load_corpus(config.data)
+    _claim(config, corpus)
+    task = make_task(config, len(corpus.vocabulary))
+    # Written before the run goes on: a kill loses one interval at most.
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, enable_async_checkpointing=False
+    )
+    folder = config.out.resolve() / "checkpoints"
+    with ocp.CheckpointManager(folder, options=options) as checkpoints:
+        state, start = _latest(checkpoints, task.state)
+        _forget_after(config, start)
+        with _progress(config, start, progress) as show:
+            for i in range(start, config.steps):
+                b = _train_batch(config, corpus, i)
+                state, value = task.step(state, b.inputs, b.targets)
+                if i % 10 == 0 or i + 1 == config.steps:
+                    bits = float(value) / math.log(2)
+                    _log(config, step=i, loss_bits=bits)
+                    show(i + 1, bits)
+                if (i + 1) % config.checkpoint_every == 0:
+                    leaves = jax.tree.leaves(state)
+                    checkpoints.save(i + 1, args=ocp.args.StandardSave(leaves))
+    final = {
+        "step": config.steps,
+        "valid_bits": _evaluate(config, task, state, corpus.valid),
+    }
+    _log(config, **final)
+    return final
+
+
+def _train_batch(config: TrainConfig, corpus: Corpus, step: int) -> Batch:
+    return train_batch(
+        corpus.train,
+        step=step,
+        seed=config.seed,
+        batch=config.batch,
+        length=config.length,
+    )
+
+
+def _evaluate(config: TrainConfig, task: Task, state: Any, split: Ids) -> float:
+    """Mean bits per character."""
+    total, count = 0.0, 0
+    for b in eval_batches(
+        split,
+        batch=config.batch,
+        length=config.length,
+        limit=config.eval_characters,
+    ):
+        losses = np.asarray(task.nats(state, b.inputs, b.targets), np.float64)
+        total += losses[b.mask].sum()
+        count += int(b.mask.sum())
+    return total / count / math.log(2)
+
+
+def _latest(checkpoints: ocp.CheckpointManager, state: Any) -> tuple[Any, int]:
+    """The last checkpoint and its step, or `state` and 0."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return state, 0
+    leaves, structure = jax.tree.flatten(state)
+    try:
+        leaves = checkpoints.restore(step, args=ocp.args.StandardRestore(leaves))
+    except Exception as e:  # whatever orbax or its storage makes of a broken file
+        raise ValueError(
+            f"the checkpoint {checkpoints.directory / str(step)} cannot be read "
+            f"({type(e).__name__}: {str(e).splitlines()[0]}). Delete that folder to go "
+            "on from the one before it."
+        ) from e
+    return jax.tree.unflatten(structure, leaves), step
+
+
+@contextlib.contextmanager
+def _progress(
+    config: TrainConfig, start: int, show: bool
+) -> Iterator[Callable[[int, float], None]]:
+    """A bar with the loss and the time that is left; yields show(steps done, bits)."""
+    model = config.model
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[bits]:.3f} bits"),
+        TimeRemainingColumn(),
+        disable=not show,
+    )
+    with bar:
+        task = bar.add_task(
+            f"{model.parametrisation} {model.precision}",
+            total=config.steps,
+            completed=start,
+            bits=math.nan,
+        )
+        yield lambda done, bits: bar.update(task, completed=done, bits=bits)
 
 
 def _claim(config: TrainConfig, corpus: Corpus) -> None:
@@ -148,25 +228,47 @@ def _claim(config: TrainConfig, corpus: Corpus) -> None:
     record = {
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         "data": corpus.name,
+        "vocabulary": "".join(corpus.vocabulary),
         "fingerprint": corpus.fingerprint,
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
     }
     path = config.out / "config.json"
     if not path.exists():
-        path.write_text(json.dumps(record, indent=1))
+        versions = {"jax": jax.__version__, "python": platform.python_version()}
+        path.write_text(json.dumps(record | versions, indent=1))
         return
-    found = json.loads(path.read_text())
-    for name in ("config", "data", "fingerprint"):
-        if found[name] != record[name]:
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not JSON: {e}. Delete this folder.") from e
+    for name, value in record.items():
+        if found.get(name) != value:
             raise ValueError(
-                f"`out` {config.out} holds a run of another {name}: {found[name]}, not "
-                f"{record[name]}. Choose another folder, or delete this one."
+                f"`out` {config.out} holds a run of another {name}: "
+                f"{found.get(name)!r}, not {value!r}. Choose another folder, or delete "
+                "this one."
             )
 
 
 def _log(config: TrainConfig, **metrics: float) -> None:
     with (config.out / "metrics.jsonl").open("a") as f:
         f.write(json.dumps(metrics) + "\n")
+
+
+def _forget_after(config: TrainConfig, start: int) -> None:
+    """Drops the metrics of steps that are about to be repeated."""
+    path = config.out / "metrics.jsonl"
+    if path.exists():
+        kept = [r for r in read_metrics(config.out) if r["step"] < start]
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl, without a line that a kill cut short."""
+    records = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 if __name__ == "__main__":
