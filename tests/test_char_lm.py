@@ -1,16 +1,22 @@
 """The character-level experiment: its data, and a run from end to end."""
 
 import dataclasses
-import json
+import pickle
+import re
 import shutil
+import subprocess
+import sys
+import time
 
+import jax
 import numpy as np
 import pytest
 
 from experiments.char_lm.data import eval_batches, load_corpus, train_batch
 from experiments.char_lm.demo import DemoConfig, demo
 from experiments.char_lm.model import ModelConfig
-from experiments.char_lm.train import TrainConfig, train
+from experiments.char_lm.sweep import SweepConfig, sweep
+from experiments.char_lm.train import TrainConfig, make_task, read_metrics, train
 
 
 @pytest.fixture
@@ -84,14 +90,53 @@ def test_a_run_learns(folder, parametrisation, precision):
     assert np.isfinite(final["valid_bits"])
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(folder):
+def test_a_killed_run_loses_one_interval_and_ends_with_the_same_numbers(folder):
+    config = dataclasses.replace(_config(folder), steps=300, checkpoint_every=50)
+    whole = dataclasses.replace(config, out=folder / "whole")
+    final = train(whole, progress=False)
+
+    code = (
+        "import pickle, sys; from experiments.char_lm.train import train; "
+        "train(pickle.load(sys.stdin.buffer), progress=False)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as run:
+        run.stdin.write(pickle.dumps(config))
+        run.stdin.close()
+        while not (config.out / "checkpoints" / "100").exists():
+            assert run.poll() is None, "it ended before it could be killed"
+            time.sleep(0.002)
+        run.kill()
+    reached = read_metrics(config.out)[-1]["step"]
+    saved = max(int(p.name) for p in (config.out / "checkpoints").glob("[1-9]*0"))
+    assert reached < 300 and saved >= reached - config.checkpoint_every
+
+    assert train(config, progress=False) == final
+    assert read_metrics(config.out) == read_metrics(whole.out)
+
+
+def test_a_corrupt_checkpoint_is_named(folder):
     config = _config(folder)
-    whole = train(config)
-    shutil.rmtree(config.out / "checkpoints" / "20")
-    lines = (config.out / "metrics.jsonl").read_text().splitlines()
-    assert train(config) == whole
-    again = (config.out / "metrics.jsonl").read_text().splitlines()[len(lines) :]
-    assert [json.loads(x) for x in again] == [json.loads(x) for x in lines[-3:]]
+    train(config, progress=False)
+    for file in (config.out / "checkpoints" / "20").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"checkpoint \S*/20 cannot be read"):
+        train(config, progress=False)
+    shutil.rmtree(config.out / "checkpoints" / "20")  # as the error says
+    assert np.isfinite(train(config, progress=False)["valid_bits"])
+
+
+def test_the_training_step_rounds_on_every_platform(folder):
+    config = _config(folder, precision="fp8")
+    task = make_task(config, 64)
+    ids = jax.ShapeDtypeStruct((config.batch, config.length), np.int32)
+    platforms = ("tpu", "cuda", "cpu")
+    module = jax.export.export(task.step, platforms=platforms)(task.state, ids, ids)
+    text = module.mlir_module()
+    # Forward each of 6 products (q, k, v, out, up, down), attention and the readout
+    # rounds its operands, backward each rounds its cotangent.
+    assert len(re.findall(r"call @_quantize", text)) == 7 * 2 + 3 + 8
+    assert "round_nearest_even" in text and "f8E" not in text
 
 
 def test_a_folder_of_another_run_is_refused(folder):
@@ -100,12 +145,11 @@ def test_a_folder_of_another_run_is_refused(folder):
     with pytest.raises(ValueError, match="another config"):
         train(dataclasses.replace(config, seed=1))
     (folder / "test.txt").write_text("other characters: é" * 100, encoding="utf-8")
-    with pytest.raises(ValueError, match="another fingerprint"):
+    with pytest.raises(ValueError, match="another vocabulary"):
         train(config)
 
 
-def test_the_demo_compares_six_runs_and_draws_them(folder, monkeypatch, capsys):
-    monkeypatch.setenv("MPLBACKEND", "agg")
+def test_the_demo_compares_six_runs_and_draws_them(folder, capsys):
     config = DemoConfig(
         out=folder / "demo",
         data=folder,
@@ -116,5 +160,19 @@ def test_the_demo_compares_six_runs_and_draws_them(folder, monkeypatch, capsys):
         length=16,
     )
     rows = demo(config)
-    assert len(rows) == 6 and (config.out / "loss.png").stat().st_size > 10_000
+    assert len(rows) == 6
+    for picture in ("loss.png", "scales.png"):
+        assert (config.out / picture).stat().st_size > 10_000
     assert "gap to float32" in capsys.readouterr().out
+
+
+def test_the_sweep_finds_the_best_rate(folder, capsys):
+    demo = DemoConfig(
+        folder / "sweep", folder, steps=12, width=32, depth=1, batch=2, length=16
+    )
+    points = sweep(SweepConfig(demo, ("float32",), (-20, -7), (-1,), seeds=1))
+    slow, fast, _ = [p.mean for p in points]
+    assert fast < slow
+    printed = capsys.readouterr().out
+    assert "2^-7" in printed and "2^-20" not in printed
+    assert (demo.out / "sweep.png").stat().st_size > 10_000

@@ -47,6 +47,9 @@ class UnitModel(nnx.Module):
                 4 * width,
                 index=i,
                 depth=config.depth,
+                # The regular model's logits are divided by head_size^1/2, not by
+                # head_size: so both compute the same attention.
+                mult=config.head_size**0.5,
                 activation=jus.gelu,
                 gated=False,
                 formats=config.formats,

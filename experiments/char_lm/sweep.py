@@ -31,8 +31,9 @@ class SweepConfig:
     demo: DemoConfig = dataclasses.field(
         default_factory=lambda: DemoConfig(out=Path("runs/sweep"))
     )
-    regular_log2_rates: tuple[int, ...] = (-9, -8, -7, -6, -5)
-    unit_log2_rates: tuple[int, ...] = (-3, -2, -1, 0, 1)
+    precisions: tuple[Precision, ...] = ("float32", "fp8", "float16")
+    regular_log2_rates: tuple[int, ...] = (-10, -9, -8, -7, -6)
+    unit_log2_rates: tuple[int, ...] = (-1, 0, 1, 2, 3)
     seeds: int = 3
     workers: int = 1
     """Processes; on a GPU several need XLA_PYTHON_CLIENT_PREALLOCATE=false."""
@@ -62,7 +63,8 @@ class Point(NamedTuple):
 def sweep(config: SweepConfig) -> list[Point]:
     """Runs all, prints each configuration's best rate, and draws `sweep.png`."""
     rates = {"regular": config.regular_log2_rates, "unit": config.unit_log2_rates}
-    places = [(*run, rate) for run in RUNS for rate in rates[run[0]]]
+    kinds = [run for run in RUNS if run[1] in config.precisions]
+    places = [(*kind, rate) for kind in kinds for rate in rates[kind[0]]]
     runs = [
         _run(config.demo, *place, seed)
         for place in places
@@ -79,7 +81,7 @@ def sweep(config: SweepConfig) -> list[Point]:
     ]
     out = config.demo.out
     (out / "sweep.json").write_text(json.dumps([p._asdict() for p in points], indent=1))
-    Console().print(analysis.table(_rows(points)))
+    Console().print(analysis.table(_rows(kinds, points)))
     figure = analysis.curves(
         {
             f"{parametrisation}, {precision}": [
@@ -87,7 +89,7 @@ def sweep(config: SweepConfig) -> list[Point]:
                 for p in points
                 if p[:2] == (parametrisation, precision)
             ]
-            for parametrisation, precision in RUNS
+            for parametrisation, precision in kinds
         },
         x="log2 learning rate",
         y="validation bits per character, mean of seeds",
@@ -112,11 +114,13 @@ def _valid_bits(run: TrainConfig) -> float:
     return train(run, progress=False)["valid_bits"]
 
 
-def _rows(points: list[Point]) -> list[dict[str, Any]]:
-    """The best rate of each configuration."""
+def _rows(
+    kinds: list[tuple[Parametrisation, Precision]], points: list[Point]
+) -> list[dict[str, Any]]:
+    """The best rate of each kind of run."""
     rows = []
-    for run in RUNS:
-        best = min((p for p in points if p[:2] == run), key=lambda p: p.mean)
+    for kind in kinds:
+        best = min((p for p in points if p[:2] == kind), key=lambda p: p.mean)
         rows.append(
             {
                 "model": best.parametrisation,
