@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     graph, params = nnx.split(
         make_model(config.model, len(corpus.vocabulary), config.seed)
     )
-    optimiser = _optimiser(config, params)
+    optimiser = _optimiser(config)
     state = (params, optimiser.init(params))
     loss = make_loss(config.model)
 
@@ -119,7 +119,7 @@ def _restored(saved: Any, step: int, state: Any) -> Any:
     return jax.tree.unflatten(structure, restored)
 
 
-def _optimiser(config: TrainConfig, params: Any) -> Any:
+def _optimiser(config: TrainConfig) -> Any:
     """Adam; unit-scaled, with u-muP's factor on each weight's learning rate."""
     unit = config.model.parametrisation == "unit"
     schedule = optax.warmup_cosine_decay_schedule(
@@ -131,7 +131,7 @@ def _optimiser(config: TrainConfig, params: Any) -> Any:
     )
     return optax.chain(
         optax.scale_by_adam(b2=0.99, eps=1e-12),
-        jus.optim.scale_by_umup(params) if unit else optax.identity(),
+        jus.optim.scale_by_umup() if unit else optax.identity(),
         optax.scale_by_learning_rate(schedule),
     )
 
