@@ -1,17 +1,117 @@
 """A parameter's role, fan-in and depth: what u-muP's learning rates depend on."""
 
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import jax
+
 Role = Literal["weight", "bias", "norm", "output"]
+Overrides = Mapping[str, Mapping[str, Any]]
 
 
-def role_metadata(role: Role, fan_in: int | None = None) -> dict[str, Any]:
-    """The metadata that a module writes on a parameter; a user's own goes on top.
+@dataclasses.dataclass(frozen=True)
+class ParameterInfo:
+    """What a parameter is to u-muP, whatever framework holds it.
 
-    `role` is weight (hidden and input weights), bias, norm (a norm's gain) or output
-    (the readout's weight); `fan_in` the length of a weight's contracted axes, for an
-    embedding its features.
+    A parameter's own shape does not say it: it may be stacked for a scan, split over
+    devices, or be a table. So a module writes it when it makes the parameter.
+
+    Attributes:
+        role: weight (hidden and input weights), bias, norm (a norm's gain) or output
+            (all that belongs to the readout).
+        fan_in: the length of a weight's contracted axes; an embedding's features.
+        fan_out: the length of its other axes; None unless it is a product's weight.
+        depth: the residual adds of the stack it belongs to, 1 outside a stack.
+
+    Raises:
+        ValueError: if a value is none of these, or a weight has no `fan_in`.
     """
-    if role not in get_args(Role):
-        raise ValueError(f"`role` must be one of {get_args(Role)}, got {role!r}.")
-    return {"role": role} if fan_in is None else {"role": role, "fan_in": fan_in}
+
+    role: Role
+    fan_in: int | None = None
+    fan_out: int | None = None
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise ValueError(
+                f"`role` must be one of {get_args(Role)}, got {self.role!r}."
+            )
+        if self.role == "weight" and self.fan_in is None:
+            raise ValueError("`fan_in` must be given for a weight, got None.")
+        for name in ("fan_in", "fan_out", "depth"):
+            value = getattr(self, name)
+            if name != "depth" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(ParameterInfo))
+
+
+def role_metadata(
+    role: Role, fan_in: int | None = None, fan_out: int | None = None
+) -> dict[str, Any]:
+    """The metadata that a module writes on a parameter; a user's own goes on top."""
+    about = dataclasses.asdict(ParameterInfo(role, fan_in, fan_out))
+    return {k: v for k, v in about.items() if v is not None and k != "depth"}
+
+
+def named_parameters(
+    params: Any, overrides: Overrides | None = None
+) -> dict[str, tuple[Any, ParameterInfo]]:
+    """Each parameter of a tree, in its order, and its record, by path.
+
+    A record is read from the attributes of the box that holds a parameter (of an
+    `nnx.Param` its metadata) and then from `overrides`: a mapping from path pattern
+    ("blocks/*/mlp/*/kernel") to fields of `ParameterInfo`, later patterns on top.
+
+    Raises:
+        ValueError: if a parameter has no role, or a pattern matches no path.
+    """
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box)
+    }
+    abouts = {path: _fields(leaf) for path, leaf in found.items()}
+    for pattern, fields in (overrides or {}).items():
+        matched = fnmatch.filter(found, pattern)
+        if not matched:
+            raise ValueError(
+                f"`overrides` has the pattern {pattern!r}, which matches none of the "
+                f"paths {', '.join(found)}."
+            )
+        if unknown := {*fields} - {*FIELDS}:
+            raise ValueError(
+                f"`overrides` may set {', '.join(FIELDS)}, got {sorted(unknown)} for "
+                f"{pattern!r}."
+            )
+        for path in matched:
+            abouts[path].update(fields)
+    return {path: (leaf, _info(path, abouts[path])) for path, leaf in found.items()}
+
+
+def _is_box(x: Any) -> bool:
+    # The second is how an `nnx.Param` without a role is known.
+    return hasattr(x, "role") or hasattr(x, "get_metadata")
+
+
+def _fields(leaf: Any) -> dict[str, Any]:
+    return {name: getattr(leaf, name) for name in FIELDS if hasattr(leaf, name)}
+
+
+def _info(path: str, about: dict[str, Any]) -> ParameterInfo:
+    if "role" not in about:
+        raise ValueError(
+            f"`params` has no role for {path}: use this library's modules, write "
+            'metadata of your own as `kernel_metadata={"role": "bias"}`, or name it in '
+            f'`overrides={{"{path}": {{"role": "bias"}}}}`. Metadata is lost where '
+            "parameters are taken out of their boxes (`nnx.to_pure_dict`)."
+        )
+    try:
+        return ParameterInfo(**about)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None

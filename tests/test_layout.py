@@ -19,7 +19,7 @@ FLOORS = [
 ]
 # Each framework has one door.
 DOORS = {
-    "flax": {"nnx", "optim"},
+    "flax": {"nnx"},
     "optax": {"optim"},
     "matplotlib": {"analysis"},
     "rich": {"analysis"},

@@ -34,6 +34,12 @@ class ModelConfig:
         return jus.SIMULATED_FP8 if self.precision == "fp8" else None
 
 
+# Unit-scaled attention multiplies a mean over n values by about n^1/2, which is right
+# for independent values. Those of a text are not: with the ratio 1 attention outweighs
+# the MLPs, and more so the longer one trains. The regular model has no such factor.
+RESIDUAL_RULE = jus.transformer_residual_rule(residual_attn_ratio=0.25)
+
+
 class UnitModel(nnx.Module):
     """Embedding, pre-norm blocks, norm and readout, all unit-scaled."""
 
@@ -47,9 +53,7 @@ class UnitModel(nnx.Module):
                 4 * width,
                 index=i,
                 depth=config.depth,
-                # The regular model's logits are divided by head_size^1/2, not by
-                # head_size: so both compute the same attention.
-                mult=config.head_size**0.5,
+                residual_rule=RESIDUAL_RULE,
                 activation=jus.gelu,
                 gated=False,
                 formats=config.formats,

@@ -29,14 +29,6 @@ import jax_unit_scaling as jus
 from .data import Batch, Corpus, Ids, eval_batches, load_corpus, train_batch
 from .model import ModelConfig, make_loss, make_model
 
-# Both make updates of unit size, whatever the gradient's scale: neither parametrisation
-# is favoured, and u-muP's factors are the same. An epsilon would be a scale; this one
-# is far below any gradient's.
-OPTIMISERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adam": lambda: optax.scale_by_adam(b2=0.99, eps=1e-12),
-    "lion": lambda: optax.scale_by_lion(),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -82,7 +74,7 @@ class Task:
 def make_task(config: TrainConfig, vocabulary: int) -> Task:
     """The jitted functions that `train` calls."""
     graph, params = nnx.split(make_model(config.model, vocabulary, config.seed))
-    optimiser = _optimiser(config, params)
+    optimiser = _optimiser(config)
     loss = make_loss(config.model)
 
     @jax.jit
@@ -102,9 +94,8 @@ def make_task(config: TrainConfig, vocabulary: int) -> Task:
     return Task((params, optimiser.init(params)), step, nats)
 
 
-def _optimiser(config: TrainConfig, params: Any) -> Any:
-    """The optimiser, for unit-scaled models with u-muP's factors on learning rates."""
-    unit = config.model.parametrisation == "unit"
+def _optimiser(config: TrainConfig) -> optax.GradientTransformation:
+    """optax's optimiser, or the one of the same name with u-muP's learning rates."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
@@ -112,11 +103,11 @@ def _optimiser(config: TrainConfig, params: Any) -> Any:
         config.steps,
         config.learning_rate / 10,
     )
-    return optax.chain(
-        OPTIMISERS[config.optimiser](),
-        jus.optim.scale_by_umup(params) if unit else optax.identity(),
-        optax.scale_by_learning_rate(schedule),
-    )
+    library: Any = jus.optim if config.model.parametrisation == "unit" else optax
+    if config.optimiser == "lion":
+        return library.lion(schedule, weight_decay=0.0)
+    # Adam's epsilon would be a scale; this one is far below any gradient's.
+    return library.adam(schedule, b2=0.99, eps=1e-12)
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:

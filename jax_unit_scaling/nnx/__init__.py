@@ -1,5 +1,8 @@
 """Unit-scaled modules, drop-in for their `flax.nnx` namesakes."""
 
+from .depth import (
+    set_depth as set_depth,
+)
 from .linear import (
     Embed as Embed,
     Linear as Linear,

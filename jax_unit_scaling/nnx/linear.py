@@ -13,7 +13,7 @@ from ..formats import Formats
 from ..op import AxisName
 from ..ops.contraction import linear, linear_readout
 from ..ops.embedding import embedding
-from ..parameters import role_metadata
+from ..parameters import Role, role_metadata
 
 # What unit scaling starts from: every weight has unit variance.
 unit_normal = nnx.initializers.normal(1.0)
@@ -31,7 +31,8 @@ class Linear(nnx.Linear):
     """
 
     _op = staticmethod(linear)
-    _role = "weight"
+    _role: Role = "weight"
+    _bias_role: Role = "bias"
 
     def __init__(
         self,
@@ -47,13 +48,13 @@ class Linear(nnx.Linear):
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
-        role = role_metadata(self._role, in_features)  # type: ignore[arg-type]
         super().__init__(
             in_features,
             out_features,
             kernel_init=kernel_init,
-            kernel_metadata=role | dict(kernel_metadata or {}),
-            bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
+            kernel_metadata=role_metadata(self._role, in_features, out_features)
+            | dict(kernel_metadata or {}),
+            bias_metadata=role_metadata(self._bias_role) | dict(bias_metadata or {}),
             rngs=rngs,
             **namesake,
         )
@@ -72,7 +73,8 @@ class LinearReadout(Linear):
     """
 
     _op = staticmethod(linear_readout)
-    _role = "output"
+    _role: Role = "output"
+    _bias_role: Role = "output"
 
     def __init__(
         self,
@@ -112,12 +114,15 @@ class LinearGeneral(nnx.LinearGeneral):
             raise ValueError(
                 "`batch_axis` is not supported: use `jax.vmap` over a `LinearGeneral`."
             )
-        fan_in = in_features if isinstance(in_features, int) else math.prod(in_features)
+        fans = (
+            n if isinstance(n, int) else math.prod(n)
+            for n in (in_features, out_features)
+        )
         super().__init__(
             in_features,
             out_features,
             kernel_init=kernel_init,
-            kernel_metadata=role_metadata("weight", fan_in)
+            kernel_metadata=role_metadata("weight", *fans)
             | dict(kernel_metadata or {}),
             bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
             rngs=rngs,

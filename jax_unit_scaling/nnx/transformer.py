@@ -14,6 +14,7 @@ from ..op import AxisName
 from ..ops.activation import silu_glu
 from ..ops.attention import dot_product_attention, rotary
 from ..ops.residual import residual_apply, transformer_residual_rule
+from .depth import set_depth
 from .linear import Linear, LinearGeneral, unit_normal
 from .normalization import RMSNorm
 
@@ -229,6 +230,7 @@ class TransformerBlock(nnx.Module):
             rngs=rngs,
             **linear,
         )
+        set_depth(self, 2 * depth)
 
     def __call__(
         self, inputs: jax.Array, *, mask: jax.Array | None = None
