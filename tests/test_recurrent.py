@@ -51,14 +51,12 @@ def _run(rnn, x):
 
 @pytest.mark.parametrize("name", CELLS)
 def test_cells_keep_unit_scale_over_many_steps_and_a_decade_backward(name):
-    y, dx, grads = _run(jus.nnx.RNN(_cell(name, 96, 64)), _normal(1, 32, 48, 96))
-    # What the activation functions do to correlations is left out of the factors.
-    np.testing.assert_allclose(_rms(y, (0, 2))[32:], 1, atol=0.15)
-    for scales in (
-        _rms(y, (0, 2)),
-        _rms(dx, (0, 2)),
-        *map(_rms, jax.tree.leaves(grads)),
-    ):
+    y, dx, grads = _run(jus.nnx.RNN(_cell(name, 96, 128)), _normal(1, 16, 64, 96))
+    # The factors leave out what activation functions do to correlations, and a long
+    # memory takes longer than this to fill.
+    np.testing.assert_allclose(_rms(y[:, 48:]), 1, atol=0.12)
+    by_step = [_rms(y, (0, 2)), _rms(dx, (0, 2))]
+    for scales in (*by_step, *map(_rms, jax.tree.leaves(grads))):
         assert 0.1 < np.min(scales) and np.max(scales) < 10
 
 
@@ -77,9 +75,9 @@ def test_a_gated_carry_has_unit_scale_under_its_assumptions(coupled, feedback, g
         )
         return h, h
 
-    keys = jax.random.split(jax.random.key(1), 48)
+    keys = jax.random.split(jax.random.key(1), 64)
     _, states = jax.jit(lambda: jax.lax.scan(step, jnp.zeros((64, 512)), keys))()
-    np.testing.assert_allclose(_rms(states[32:]), 1, atol=0.03)
+    np.testing.assert_allclose(_rms(states[32:]), 1, atol=0.04)
 
 
 def test_the_loop_divides_by_the_root_of_the_steps_whatever_axis_they_are_on():
@@ -127,26 +125,28 @@ class _Language(nnx.Module):
         return self.readout(self.rnn(x, initial_carry=carry))
 
 
-def _gradients(model, ids):
+IDS = jax.random.randint(jax.random.key(5), (4, 9), 0, 32)
+
+
+def _gradients(model):
     graph, params = nnx.split(model)
 
     def loss(params):
-        return jus.cross_entropy(nnx.merge(graph, params)(ids[:, :-1]), ids[:, 1:])
+        return jus.cross_entropy(nnx.merge(graph, params)(IDS[:, :-1]), IDS[:, 1:])
 
     return jax.jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_every_gradient_is_true_up_to_a_positive_constant(name, monkeypatch):
-    model = _Language(name)
-    params = nnx.state(model, nnx.Param)  # zeros would hide what biases do
-    nnx.update(model, jax.tree.map(lambda p: p + 0.1 * jnp.cos(p), params))
-    ids = jax.random.randint(jax.random.key(5), (4, 9), 0, 32)
-    got = _gradients(model, ids)
+def test_every_gradient_is_true_up_to_a_positive_constant(monkeypatch):
+    models = [_Language(name) for name in CELLS]
+    for model in models:  # zeros would hide what biases do
+        params = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.map(lambda p: p + 0.1 * jnp.cos(p), params))
+    got = list(map(_gradients, models))
     with monkeypatch.context() as patched:
         patched.setattr(scale, "_scaled", lambda x, fwd, bwd: x * fwd)
         jax.clear_caches()
-        true = _gradients(model, ids)
+        true = list(map(_gradients, models))
     jax.clear_caches()
 
     def cosine(a, b):
@@ -154,7 +154,7 @@ def test_every_gradient_is_true_up_to_a_positive_constant(name, monkeypatch):
         return a @ b / np.sqrt((a @ a) * (b @ b))
 
     cosines = jax.tree.leaves(jax.tree.map(cosine, got, true))
-    assert len(cosines) >= 5
+    assert len(cosines) >= 5 * len(CELLS)
     np.testing.assert_array_less(0.9999, cosines)
 
 
@@ -171,7 +171,8 @@ def test_cells_take_every_argument_and_parameter_of_their_namesake(name):
         about, size = parameter.get_metadata(), parameter[...].shape[0]
         role = "bias" if path[-1] == "bias" else "weight"
         assert about["role"] == role and about.get("fan_in", size) == size
-    plain = namesake(6, 8, rngs=nnx.Rngs(1))
+    normal = nnx.initializers.normal(1.0)
+    plain = namesake(6, 8, recurrent_kernel_init=normal, rngs=nnx.Rngs(1))
     nnx.update(unit, nnx.state(plain))
     # The sum of two unit-scaled products is `rescaled`; the rest are the cell's own.
     rescaled = jax.tree_util.tree_map_with_path(
@@ -191,7 +192,8 @@ def _plain_step(name, cell, h, c, x):
     """A cell's output, the constants of its unit-scaled form given to Flax's cell."""
     own = type(cell).__module__.startswith("jax_unit_scaling")
     tanh, sigmoid = 1.592537, jax.nn.sigmoid  # 1 / std(tanh(Z))
-    write, output = 1.269912, 1.846224  # of `gated_carry`, and 1 / rms(sigmoid(Z))
+    # Of `gated_carry`, alone and coupled, and 1 / rms(sigmoid(Z)).
+    write, coupled, output = 1.269912, 1.298546, 1.846224
     if own:
         return cell((c, h) if "LSTM" in name else h, x)[1]
     if name == "SimpleCell":
@@ -202,7 +204,7 @@ def _plain_step(name, cell, h, c, x):
         hr, hz, _ = jnp.split(cell.dense_h(h), 3, axis=-1)
         n = tanh * jnp.tanh(i_n + output * sigmoid(ir + hr) * reset_input)
         z = sigmoid(iz + hz)
-        return z * h + write * (1 - z) * n
+        return z * h + coupled * (1 - z) * n
     if name == "LSTMCell":
         i, f, g, o = (
             getattr(cell, a)(x) + getattr(cell, b)(h)

@@ -13,7 +13,7 @@ import jax
 from jaxtyping import Array, Float
 
 from ..constraints import Constraint, to_output_scale
-from ..moments import moments
+from ..moments import Moments, moments
 from ..op import case, scaled_op
 from ..scale import scaled
 from .activation import _gated_rule
@@ -71,7 +71,7 @@ def gated_carry(
     `feedback` is the share of `value`'s variance that comes from the carry, through a
     random matrix: 1/2 where a product of the carry is half of a pre-activation. Without
     it a = sqrt(1 - E[k^2]) / rms(w); with it values resemble those before them, add up,
-    and a is smaller: 1.552 and 1.270 for a sigmoid.
+    and a is smaller: for sigmoids 1.552 without, 1.270 with (1.299 for w = 1 - k).
 
     Raises:
         ValueError: if shapes differ, rms(k) is not below one for a unit-normal `keep`,
@@ -94,34 +94,43 @@ def gated_carry(
         )
     k = gate_fn(keep + bias)
     if write is None:
-        w, mean, square = 1 - k, 1 - kept.mean, 1 - 2 * kept.mean + kept.rms**2
+        w, mean, variance = 1 - k, 1 - kept.mean, kept.std**2
+        covariance = -variance
     else:
         written = moments(_gate, gate_fn=gate_fn)
-        w, mean, square = gate_fn(write), written.mean, written.rms**2
-    a = _write_factor(kept.mean, kept.rms**2, mean, square, feedback)
+        w, mean, variance = gate_fn(write), written.mean, written.std**2
+        covariance = 0.0
+    a = _write_factor(kept, mean, variance, covariance, feedback)
     return k * carry + scaled(w * value, fwd=a, bwd=a)
 
 
 def _write_factor(
-    k: float, k_square: float, w: float, w_square: float, feedback: float
+    kept: Moments, w: float, variance: float, covariance: float, feedback: float
 ) -> float:
     """The a of h' = K h + a W v for which h gets unit scale; E[K] = k, E[W] = w.
 
-    The gates' means filter a signal in time, and their variances add white noise. For
-    v = sqrt(feedback) M h + .. with a random matrix M of unit scale, h of unit variance
-    has the spectrum S, with e = exp(i frequency):
+    The gates' means filter a signal in time, and their deviations add white noise of
+    variance N = Var[K] + a^2 Var[W] + 2 a Cov[K, W] E[h v]. For v = sqrt(feedback) M h
+    + .. with a random matrix M of unit scale, h of unit variance has the spectrum S,
+    with e = exp(i frequency):
 
-        S |e - k|^2 = a^2 w^2 (feedback S + 1 - feedback) + a^2 Var[W] + Var[K]
-        S = (a^2 (E[W^2] - q) + Var[K]) / (1 + k^2 - a^2 q - 2 k cos), q = feedback w^2
+        S |e - k|^2 = a^2 w^2 (feedback S + 1 - feedback) + N
+        S = (N + a^2 (w^2 - q)) / (1 + k^2 - a^2 q - 2 k cos), q = feedback w^2
 
-    Its mean over all frequencies is to be one. That of 1 / (c - 2 k cos) being
-    (c^2 - 4 k^2)^-1/2, it is the smaller positive root of a quadratic in a^2:
+    Its mean over all frequencies is to be one, and that of 1 / (c - 2 k cos) is
+    (c^2 - 4 k^2)^-1/2. E[h v] follows from 1 = E[h'^2], that is from
+    1 = E[K^2] + a^2 E[W^2] + 2 a E[K W] E[h v]. So a^2 is the smaller positive root of
 
-        (a^2 (E[W^2] - q) + Var[K])^2 = (1 + k^2 - a^2 q)^2 - 4 k^2
+        (N + a^2 (w^2 - q))^2 = (1 + k^2 - a^2 q)^2 - 4 k^2,
+
+    whose left side is (constant + slope a^2)^2.
     """
+    k, k_square, w_square = kept.mean, kept.rms**2, w**2 + variance
     q = feedback * w**2
-    noise = k_square - k**2
-    linear = (w_square - q) * noise + q * (1 + k**2)
-    constant = (1 - k**2) ** 2 - noise**2
-    root = math.sqrt(linear**2 + w_square * (w_square - 2 * q) * constant)
-    return math.sqrt(constant / (linear + root))
+    ratio = covariance / (k * w + covariance) if covariance else 0.0
+    constant = kept.std**2 + ratio * (1 - k_square)
+    slope = (1 - ratio) * w_square - q
+    linear = slope * constant + q * (1 + k**2)
+    rest = (1 - k**2) ** 2 - constant**2
+    root = math.sqrt(linear**2 + (slope**2 - q**2) * rest)
+    return math.sqrt(rest / (linear + root))
