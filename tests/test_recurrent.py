@@ -80,18 +80,16 @@ def test_a_gated_carry_has_unit_scale_under_its_assumptions(coupled, feedback, g
     np.testing.assert_allclose(_rms(states[32:]), 1, atol=0.04)
 
 
-def test_the_loop_divides_by_the_root_of_the_steps_whatever_axis_they_are_on():
-    cell = _cell("GRUCell", 8, 16)
-    x = _normal(1, 4, 9, 8)
-    y, dx, grads = _run(jus.nnx.RNN(cell), x)
-    want, plain_dx, plain = _run(nnx.RNN(cell), x)
+@pytest.mark.parametrize("time_major", [False, True])
+def test_the_loop_divides_by_the_root_of_the_steps(time_major):
+    cell, x = _cell("SimpleCell", 8, 16), _normal(1, 4, 9, 8)
+    y, dx, grads = _run(jus.nnx.RNN(cell, time_major=time_major), x)
+    want, plain_dx, plain = _run(nnx.RNN(cell, time_major=time_major), x)
     np.testing.assert_allclose(y, want)
     np.testing.assert_allclose(dx, plain_dx)
-    major, _, major_grads = _run(jus.nnx.RNN(cell, time_major=True), x.swapaxes(0, 1))
-    np.testing.assert_allclose(major.swapaxes(0, 1), y, rtol=1e-5, atol=1e-6)
+    root = 2 if time_major else 3
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(a, b / 3, rtol=1e-5, atol=1e-6)
-    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, major_grads)
+        np.testing.assert_allclose(a, b / root, rtol=1e-5, atol=1e-6)
 
 
 def test_the_loop_keeps_the_state_of_its_cell():
@@ -138,23 +136,23 @@ def _gradients(model):
 
 
 def test_every_gradient_is_true_up_to_a_positive_constant(monkeypatch):
-    models = [_Language(name) for name in CELLS]
+    # The other two are made of the same functions.
+    names = ("SimpleCell residual", "OptimizedLSTMCell", "GRUCell")
+    models = [_Language(name) for name in (*names, "RecurrentHighwayCell")]
     for model in models:  # zeros would hide what biases do
         params = nnx.state(model, nnx.Param)
         nnx.update(model, jax.tree.map(lambda p: p + 0.1 * jnp.cos(p), params))
     got = list(map(_gradients, models))
-    with monkeypatch.context() as patched:
-        patched.setattr(scale, "_scaled", lambda x, fwd, bwd: x * fwd)
-        jax.clear_caches()
-        true = list(map(_gradients, models))
-    jax.clear_caches()
+    monkeypatch.setattr(scale, "_scaled", lambda x, fwd, bwd: x * fwd)
+    true = list(map(_gradients, models))
 
     def cosine(a, b):
         a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
+        assert _rms(a) > 2 * _rms(b)  # or nothing would have been patched
         return a @ b / np.sqrt((a @ a) * (b @ b))
 
     cosines = jax.tree.leaves(jax.tree.map(cosine, got, true))
-    assert len(cosines) >= 5 * len(CELLS)
+    assert len(cosines) == 3 * 6 + 5
     np.testing.assert_array_less(0.9999, cosines)
 
 
@@ -184,7 +182,7 @@ def test_cells_take_every_argument_and_parameter_of_their_namesake(name):
     nnx.update(plain, rescaled)
     x, h, c = _normal(0, 3, 6), _normal(1, 3, 8), _normal(2, 3, 8)
     np.testing.assert_allclose(
-        _plain_step(name, unit, h, c, x), _plain_step(name, plain, h, c, x), rtol=1e-5
+        _plain_step(name, unit, h, c, x), _plain_step(name, plain, h, c, x), atol=1e-4
     )
 
 
@@ -217,12 +215,12 @@ def _plain_step(name, cell, h, c, x):
 
 
 def _train(text, steps, **options):
-    """The mean loss, in nats for each character, of the last twenty steps."""
+    """The mean loss, in nats for each character, of the last fifty steps."""
     letters = sorted(set(text))
     ids = np.array([letters.index(c) for c in text])
     model = _Language("LSTMCell", vocabulary=len(letters), width=48, **options)
     graph, params = nnx.split(model)
-    optimizer = optax.adam(0.03)
+    optimizer = optax.adam(0.04)
 
     @jax.jit
     def step(params, state, batch):
@@ -240,12 +238,12 @@ def _train(text, steps, **options):
         batch = jnp.asarray(ids[start[:, None] + np.arange(33)])
         params, state, value = step(params, state, batch)
         losses.append(float(value))
-    return np.mean(losses[-20:])
+    return np.mean(losses[-50:])
 
 
 def test_an_lstm_trains_in_simulated_fp8_as_in_float32():
     text = inspect.getsource(textwrap)
-    exact = _train(text, 200)
-    fp8 = _train(text, 200, formats=jus.SIMULATED_FP8)
+    exact = _train(text, 300)
+    fp8 = _train(text, 300, formats=jus.SIMULATED_FP8)
     assert exact < 2.0  # of 4.2 to begin with: it has learnt
     np.testing.assert_allclose(fp8, exact, rtol=0.01)
