@@ -43,6 +43,10 @@ from .ops.activation import (
 )
 from .ops.arithmetic import (
     add as add,
+    mean as mean,
+    multiply as multiply,
+    sum as sum,
+    weighted_add as weighted_add,
 )
 from .ops.attention import (
     dot_product_attention as dot_product_attention,
@@ -63,17 +67,26 @@ from .ops.embedding import (
     embedding as embedding,
 )
 from .ops.loss import (
+    binary_cross_entropy as binary_cross_entropy,
     cross_entropy as cross_entropy,
+    huber_loss as huber_loss,
+    kl_divergence as kl_divergence,
     mse_loss as mse_loss,
 )
 from .ops.normalization import (
     layer_norm as layer_norm,
     rms_norm as rms_norm,
 )
+from .ops.recurrent import (
+    gated as gated,
+    gated_carry as gated_carry,
+)
 from .ops.residual import (
+    fixed_residual_rule as fixed_residual_rule,
     residual_add as residual_add,
     residual_apply as residual_apply,
     residual_split as residual_split,
+    running_mean_residual_rule as running_mean_residual_rule,
     transformer_residual_rule as transformer_residual_rule,
 )
 from .scale import (

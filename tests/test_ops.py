@@ -146,6 +146,10 @@ PLAIN = {
     "matmul": jnp.matmul,
     "einsum": jnp.einsum,
     "add": jnp.add,
+    "multiply": jnp.multiply,
+    "sum": jnp.sum,
+    "mean": jnp.mean,
+    "gated": lambda x, gate, gate_fn=jax.nn.sigmoid: x * gate_fn(gate),
     "softmax": lambda x, axis=-1, mult=1.0: jax.nn.softmax(x * mult, axis),
     "layer_norm": lambda x, scale=1.0, bias=0.0: (
         jax.nn.standardize(x, epsilon=1e-6) * scale + bias
@@ -234,6 +238,21 @@ WRONG = {
     "einsum": (lambda: jus.einsum("ij,ij->i", X, KERNEL), ValueError, "two sizes"),
     "one operand": (lambda: jus.einsum("ij->i", X, X), ValueError, "two operands"),
     "add": (lambda: jus.add(X, KERNEL), ValueError, "must be broadcastable"),
+    "multiply": (lambda: jus.multiply(X, KERNEL), ValueError, "must be broadcastable"),
+    "number": (lambda: jus.multiply(X, 2.0), TypeError, "`y` must be an array, got 2"),
+    "sum axis": (lambda: jus.sum(X, axis=2), ValueError, "`axis` must name axes of"),
+    "mean axis": (lambda: jus.mean(X, axis=(0, 0)), ValueError, "`axis` must name"),
+    "terms": (lambda: jus.weighted_add(X, KERNEL), ValueError, "`xs` must be tensors"),
+    "weights": (
+        lambda: jus.weighted_add(X, X, weights=(1.0,)),
+        ValueError,
+        "`weights` must hold one number for each of 2",
+    ),
+    "weight": (
+        lambda: jus.weighted_add(X, X, weights=(1.0, 0.0)),
+        ValueError,
+        "`weights` must be finite and positive",
+    ),
     "gate": (lambda: jus.silu_glu(X, KERNEL), ValueError, "`x` and `gate` must"),
     "scale": (lambda: jus.layer_norm(X, X), ValueError, "`scale` must have"),
     "ids": (lambda: jus.embedding(X, X), TypeError, "`ids` must be an array of int"),
@@ -257,8 +276,55 @@ WRONG = {
         ValueError,
         "`labels` must have",
     ),
+    "label_smoothing": (
+        lambda: jus.cross_entropy(X, jnp.zeros(4, int), label_smoothing=1.0),
+        ValueError,
+        r"`label_smoothing` must be a number in \[0, 1\)",
+    ),
+    "z_loss": (
+        lambda: jus.cross_entropy(X, jnp.zeros(4, int), z_loss=-1.0),
+        ValueError,
+        "`z_loss` must be a finite number >= 0",
+    ),
+    "distribution": (lambda: jus.kl_divergence(X, X[0]), ValueError, "`targets` must"),
+    "one class": (
+        lambda: jus.kl_divergence(X[:, :1], X[:, :1]),
+        ValueError,
+        "`logits` must have two",
+    ),
+    "binary labels": (
+        lambda: jus.binary_cross_entropy(X, X[0]),
+        ValueError,
+        "`labels` must have",
+    ),
+    "delta": (lambda: jus.huber_loss(X, X, delta=0.0), ValueError, "`delta` must be"),
     "targets": (lambda: jus.mse_loss(X, KERNEL), ValueError, "`targets` must have"),
     "tau": (lambda: jus.residual_apply(jus.relu, X, tau=0.0), ValueError, "`tau` must"),
+    "share": (
+        lambda: jus.fixed_residual_rule(share=1.0),
+        ValueError,
+        "`share` must be between 0 and 1",
+    ),
+    "index": (
+        lambda: jus.running_mean_residual_rule()(4, 4),
+        ValueError,
+        "`index` must be from 0",
+    ),
+    "carry": (
+        lambda: jus.gated_carry(X, X, X, KERNEL),
+        ValueError,
+        "must have the same shape",
+    ),
+    "gate_fn": (
+        lambda: jus.gated_carry(X, X, X, gate_fn=jnp.exp),
+        ValueError,
+        "`gate_fn` must keep less",
+    ),
+    "feedback": (
+        lambda: jus.gated_carry(X, X, X, feedback=1.0),
+        ValueError,
+        r"`feedback` must be in \[0, 1\)",
+    ),
     "unconstrainable": (
         lambda: jus.layer_norm.constrained(None),
         TypeError,

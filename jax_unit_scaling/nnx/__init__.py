@@ -9,10 +9,22 @@ from .linear import (
     LinearGeneral as LinearGeneral,
     LinearReadout as LinearReadout,
 )
+from .lora import (
+    LoRA as LoRA,
+    LoRALinear as LoRALinear,
+)
 from .normalization import (
     Dropout as Dropout,
     LayerNorm as LayerNorm,
     RMSNorm as RMSNorm,
+)
+from .recurrent import (
+    RNN as RNN,
+    GRUCell as GRUCell,
+    LSTMCell as LSTMCell,
+    OptimizedLSTMCell as OptimizedLSTMCell,
+    RecurrentHighwayCell as RecurrentHighwayCell,
+    SimpleCell as SimpleCell,
 )
 from .transformer import (
     MLP as MLP,

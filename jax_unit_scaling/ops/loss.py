@@ -10,7 +10,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Integer
+from jax import lax
+from jaxtyping import Array, Bool, Float, Integer, Num
 
 from ..scale import check_factor, scale_bwd, scale_fwd
 
@@ -24,30 +25,93 @@ def cross_entropy(
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     mult: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Float[Array, ""]:
     """Unit-scaled cross-entropy of softmax(mult logits) and `labels`, in nats.
 
-    Computed in float32 at least. The cotangent of `logits`, n classes, is
-    n / sqrt(n - 1) (softmax(mult logits) - onehot), without `mult` and without
-    1 / count, and zero outside `where`; the mean is taken inside it.
+    `label_smoothing` is the share of each label that is spread over all classes;
+    `z_loss` the coefficient of log(sum(exp(mult logits)))^2, which is added.
 
-    Reference: Unit Scaling (Blake et al., 2023), table A.2; u-muP, alpha_loss-softmax.
+    Computed in float32 at least. The cotangent of `logits` is that of the sum, for n
+    classes times n / sqrt((1 - label_smoothing)^2 (n - 1) + (2 z_loss log n)^2),
+    without `mult` and without 1 / count, and zero outside `where`; the mean is taken
+    inside it.
+
+    Reference: Unit Scaling (Blake et al., 2023), table A.2; u-muP, alpha_loss-softmax;
+    for z_loss PaLM (Chowdhery et al., 2022), section 5.
     """
-    classes = logits.shape[-1] if logits.ndim else 0
-    if classes < 2:
-        raise ValueError(
-            f"`logits` must have two or more classes on its last axis, got {classes}."
-        )
+    n = _classes(logits)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"`labels` must be an array of class ids, got {labels.dtype}.")
     _same_shape("labels", labels, logits.shape[:-1])
-    check_factor("mult", mult)
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    # Of z independent, uniform labels and flat probabilities 1/n, the cotangent's mean
-    # square is (n - 1) / n^2.
-    wide = scale_bwd(wide, classes / math.sqrt(classes - 1))
-    logp = jax.nn.log_softmax(scale_fwd(wide, mult))
+    if not (isinstance(label_smoothing, int | float) and 0 <= label_smoothing < 1):
+        raise ValueError(
+            f"`label_smoothing` must be a number in [0, 1), got {label_smoothing}."
+        )
+    if not (isinstance(z_loss, int | float) and 0 <= z_loss < math.inf):
+        raise ValueError(f"`z_loss` must be a finite number >= 0, got {z_loss}.")
+    # Of z independent, uniform labels and flat probabilities 1/n, the cotangent of the
+    # first part is (1 - label_smoothing) (1/n - onehot), with the mean square
+    # (1 - label_smoothing)^2 (n - 1) / n^2; that of the second is 2 z_loss log(n) / n
+    # for all classes alike, and so orthogonal to the first.
+    rms = math.hypot((1 - label_smoothing) * math.sqrt(n - 1), 2 * z_loss * math.log(n))
+    wide = _scaled_logits(logits, n / rms, mult)
+    logp = jax.nn.log_softmax(wide)
     losses = -jnp.take_along_axis(logp, labels[..., None], axis=-1)[..., 0]
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * logp.mean(-1)
+    if z_loss:
+        losses = losses + z_loss * jax.nn.logsumexp(wide, axis=-1) ** 2
+    return _reduced(losses, where, reduction)
+
+
+def kl_divergence(
+    logits: Float[Array, "*batch classes"],
+    targets: Float[Array, "*batch classes"],
+    *,
+    where: Bool[Array, "*batch"] | None = None,
+    reduction: Reduction = "mean",
+    mult: float = 1.0,
+) -> Float[Array, ""]:
+    """Unit-scaled divergence of softmax(mult logits) from the distribution `targets`.
+
+    The value is that of `optax.losses.kl_divergence`, whose log-probabilities may be
+    given as `logits` just as well. Computed in float32 at least.
+
+    The cotangent of `logits`, n classes, is n / sqrt(n - 1) (softmax(mult logits) -
+    targets), as for `cross_entropy`: the two may be mixed, as in distillation. Its
+    scale is one where each of `targets` has one class to itself, as is nearly so for
+    those of a trained teacher, and smaller where they are flat. `targets` get no
+    gradient.
+    """
+    n = _classes(logits)
+    _same_shape("targets", targets, logits.shape)
+    logp = jax.nn.log_softmax(_scaled_logits(logits, n / math.sqrt(n - 1), mult))
+    q = lax.stop_gradient(targets).astype(logp.dtype)
+    losses = jnp.where(q == 0, 0, q * (jnp.log(q) - logp)).sum(-1)
+    return _reduced(losses, where, reduction)
+
+
+def binary_cross_entropy(
+    logits: Float[Array, "*shape"],
+    labels: Num[Array, "*shape"] | Bool[Array, "*shape"],
+    *,
+    where: Bool[Array, "*shape"] | None = None,
+    reduction: Reduction = "mean",
+    mult: float = 1.0,
+) -> Float[Array, ""]:
+    """Unit-scaled cross-entropy of sigmoid(mult logits) and `labels` from 0 to 1.
+
+    The value is that of `optax.losses.sigmoid_binary_cross_entropy`, in float32 at
+    least. The cotangent of `logits` is 2 (sigmoid(mult logits) - labels), without
+    `mult`. `labels` get no gradient.
+    """
+    _same_shape("labels", labels, logits.shape)
+    # With the probability 1/2 of both classes each cotangent is 1/2 or -1/2.
+    wide = _scaled_logits(logits, 2.0, mult)
+    y = lax.stop_gradient(labels).astype(wide.dtype)
+    losses = -y * jax.nn.log_sigmoid(wide) - (1 - y) * jax.nn.log_sigmoid(-wide)
     return _reduced(losses, where, reduction)
 
 
@@ -63,12 +127,63 @@ def mse_loss(
     The cotangent of `predictions` is 8^-1/2 times that of the sum, 2 (predictions -
     targets), which for unit-scaled independent arguments has the variance 8.
     """
+    error = _scaled_error(predictions, targets, 8**-0.5)
+    return _reduced(error * error, where, reduction)
+
+
+def huber_loss(
+    predictions: Float[Array, "*shape"],
+    targets: Float[Array, "*shape"],
+    *,
+    delta: float = 1.0,
+    where: Bool[Array, "*shape"] | None = None,
+    reduction: Reduction = "mean",
+) -> Float[Array, ""]:
+    """Unit-scaled Huber loss, in float32 at least; the value is optax's.
+
+    Half the squared error, and beyond `delta` its tangent. The cotangent of
+    `predictions` is that of the sum, the error e = predictions - targets clipped to
+    +-delta, divided by its rms for unit-normal independent arguments.
+    """
+    check_factor("delta", delta)
+    # The error has the variance 2. So with a = delta / sqrt(2) the mean square is
+    # 2 E[min(Z, a)^2] over |Z|: twice the variance inside, P(|Z| < a) - 2 a density(a),
+    # and the rest of the probability times a^2.
+    mean_square = (
+        2 * math.erf(delta / 2)
+        - 2 * delta / math.sqrt(math.pi) * math.exp(-(delta**2) / 4)
+        + delta**2 * math.erfc(delta / 2)
+    )
+    error = jnp.abs(_scaled_error(predictions, targets, mean_square**-0.5))
+    inside = jnp.minimum(error, delta)
+    losses = inside * (error - inside / 2)
+    return _reduced(losses, where, reduction)
+
+
+def _classes(logits: Array) -> int:
+    classes = logits.shape[-1] if logits.ndim else 0
+    if classes < 2:
+        raise ValueError(
+            f"`logits` must have two or more classes on its last axis, got {classes}."
+        )
+    return classes
+
+
+def _scaled_logits(logits: Array, factor: float, mult: float) -> Array:
+    """`mult * logits` in float32 at least; their cotangent times `factor` alone."""
+    check_factor("mult", mult)
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return scale_fwd(scale_bwd(wide, factor), mult)
+
+
+def _scaled_error(predictions: Array, targets: Array, factor: float) -> Array:
+    """`predictions - targets` in float32 at least; cotangents times `factor`."""
     _same_shape("targets", targets, predictions.shape)
     wide = jnp.promote_types(jnp.result_type(predictions, targets), jnp.float32)
-    error = scale_bwd(predictions.astype(wide), 8**-0.5) - scale_bwd(
-        targets.astype(wide), 8**-0.5
+    predictions, targets = (
+        scale_bwd(x.astype(wide), factor) for x in (predictions, targets)
     )
-    return _reduced(error * error, where, reduction)
+    return predictions - targets
 
 
 def _same_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:

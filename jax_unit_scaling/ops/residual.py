@@ -67,14 +67,59 @@ def transformer_residual_rule(
     attention = residual_attn_ratio * mlp
 
     def tau(index: int, layers: int) -> float:
-        if not 0 <= index < layers:
-            raise ValueError(
-                f"`index` must be from 0 to `layers` - 1 = {layers - 1}, got {index}."
-            )
+        _check_index(index, layers)
         before = (index + 1) // 2 * attention**2 + index // 2 * mlp**2
         return (mlp if index % 2 else attention) / math.sqrt(layers / 2 + before)
 
     return tau
+
+
+def fixed_residual_rule(*, share: float) -> Callable[[int, int], float]:
+    """The same weights for every branch: sqrt(1 - share) x + sqrt(share) f(x).
+
+    `share` is the branch's share of the sum's variance, between 0 and 1: the tau of
+    both papers, whose ratio of weights is sqrt(share / (1 - share)). With a norm at the
+    end of each branch in place of the start it is munit scaling's scheme.
+
+    Reference: Unit Scaling (Blake et al., 2023), section 5.3, "fixed(tau)"; munit
+    Scaling (Narayan et al., 2025), section 2.
+    """
+    if not 0 < share < 1:
+        raise ValueError(
+            f"`share` must be between 0 and 1, got {share}: it is the branch's share "
+            "of the variance."
+        )
+    ratio = math.sqrt(share / (1 - share))
+
+    def tau(index: int, layers: int) -> float:
+        _check_index(index, layers)
+        return ratio
+
+    return tau
+
+
+def running_mean_residual_rule() -> Callable[[int, int], float]:
+    """Equal shares for the input and all branches so far, whatever the depth.
+
+    With l the number of terms that x already holds it is sqrt(l / (l + 1)) x +
+    sqrt(1 / (l + 1)) f(x), a ratio of l^-1/2. The input is the first term, so l =
+    index + 1 is at least 1: counted from 0, the first branch would replace its input.
+
+    Reference: Unit Scaling (Blake et al., 2023), section 5.3, "running-mean".
+    """
+
+    def tau(index: int, layers: int) -> float:
+        _check_index(index, layers)
+        return (index + 1) ** -0.5
+
+    return tau
+
+
+def _check_index(index: int, layers: int) -> None:
+    if not 0 <= index < layers:
+        raise ValueError(
+            f"`index` must be from 0 to `layers` - 1 = {layers - 1}, got {index}."
+        )
 
 
 def _weights(tau: float) -> tuple[float, float]:

@@ -1,0 +1,116 @@
+"""Low-rank adapters, drop-in for their `flax.nnx` namesakes."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ..constraints import Constraint, to_output_scale
+from ..formats import Formats
+from ..op import AxisName
+from ..ops.contraction import linear
+from ..parameters import role_metadata
+from .linear import Linear, unit_normal
+
+zeros = nnx.initializers.zeros_init()
+
+
+class LoRA(nnx.LoRA):
+    """`flax.nnx.LoRA` of two unit-scaled products: base(x) + (x A) B.
+
+    A is unit-normal, and B zero: so the sum starts as the base, B's gradient at unit
+    scale, and what is learnt reaches the base's scale as B reaches 1. Takes the
+    arguments of its namesake and those of `Linear`: formats, constraint and
+    batch_axis_name.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        lora_rank: int,
+        out_features: int,
+        *,
+        base_module: nnx.Module | None = None,
+        a_initializer: nnx.Initializer = unit_normal,
+        a_metadata: Any = None,
+        b_metadata: Any = None,
+        formats: Formats | None = None,
+        constraint: Constraint | None = to_output_scale,
+        batch_axis_name: AxisName | None = None,
+        rngs: nnx.Rngs,
+        **namesake: Any,
+    ):
+        if not (base_module is None or callable(base_module)):
+            raise ValueError(
+                f"`base_module` must be callable, got a {type(base_module).__name__}."
+            )
+        super().__init__(
+            in_features,
+            lora_rank,
+            out_features,
+            base_module=base_module,
+            a_initializer=a_initializer,
+            a_metadata=role_metadata("weight", in_features) | dict(a_metadata or {}),
+            b_metadata=role_metadata("weight", lora_rank) | dict(b_metadata or {}),
+            rngs=rngs,
+            **namesake,
+        )
+        self.formats = formats
+        self.constraint = constraint
+        self.batch_axis_name = batch_axis_name
+
+    def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
+        y, *kernels = self.promote_dtype(
+            (x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype
+        )
+        for kernel in kernels:
+            y = linear(
+                y,
+                kernel,
+                formats=self.formats,
+                constraint=self.constraint,
+                batch_axis_name=self.batch_axis_name,
+            )
+        return y if self.base_module is None else y + self.base_module(x, **kwargs)
+
+
+class LoRALinear(nnx.LoRALinear, Linear):
+    """`flax.nnx.LoRALinear`: a `Linear` with a `LoRA` beside it.
+
+    Takes the arguments of its namesake; those of `Linear` concern both.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        lora_rank: int,
+        a_initializer: nnx.Initializer = unit_normal,
+        b_initializer: nnx.Initializer = zeros,
+        a_metadata: Any = None,
+        b_metadata: Any = None,
+        rngs: nnx.Rngs,
+        **namesake: Any,
+    ):
+        super().__init__(
+            in_features, out_features, lora_rank=lora_rank, rngs=rngs, **namesake
+        )
+        plain = self.lora
+        self.lora = LoRA(
+            in_features,
+            lora_rank,
+            out_features,
+            dtype=plain.dtype,
+            param_dtype=plain.param_dtype,
+            a_initializer=a_initializer,
+            b_initializer=b_initializer,
+            lora_param_type=plain.lora_param_type,
+            promote_dtype=plain.promote_dtype,
+            a_metadata=a_metadata,
+            b_metadata=b_metadata,
+            formats=self.formats,
+            constraint=self.constraint,
+            batch_axis_name=self.batch_axis_name,
+            rngs=rngs,
+        )

@@ -1,0 +1,227 @@
+"""Recurrent cells and their loop, drop-in for their `flax.nnx` namesakes.
+
+Pre-activations are the sum of a unit-scaled product of the input and one of the hidden
+state, in equal shares; candidates are unit-scaled; gates are plain functions, and what
+they multiply has the factors (`gated`, `gated_carry`). All factors of activations agree
+in both passes, so gradients are true up to a constant for each parameter.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..constraints import Constraint, to_output_scale
+from ..formats import Formats
+from ..op import AxisName
+from ..ops.activation import tanh, unit_scaled
+from ..ops.arithmetic import weighted_add
+from ..ops.recurrent import gated, gated_carry
+from ..parameters import role_metadata
+from ..scale import scale_bwd
+from .linear import Linear, unit_normal
+
+
+class _Cell(nnx.RNNCellBase):
+    """A mixin that gives its namesake, next in line, unit-scaled linear layers."""
+
+    gate_fn: Callable[..., Any]
+    activation_fn: Callable[..., Any]
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        kernel_init: nnx.Initializer = unit_normal,
+        recurrent_kernel_init: nnx.Initializer = unit_normal,
+        kernel_metadata: Any = None,
+        recurrent_kernel_metadata: Any = None,
+        bias_metadata: Any = None,
+        formats: Formats | None = None,
+        constraint: Constraint | None = to_output_scale,
+        batch_axis_name: AxisName | None = None,
+        rngs: nnx.Rngs,
+        **namesake: Any,
+    ):
+        super().__init__(  # type: ignore[call-arg]
+            in_features,
+            hidden_features,
+            kernel_init=kernel_init,
+            recurrent_kernel_init=recurrent_kernel_init,
+            kernel_metadata=role_metadata("weight", in_features)
+            | dict(kernel_metadata or {}),
+            recurrent_kernel_metadata=role_metadata("weight", hidden_features)
+            | dict(recurrent_kernel_metadata or {}),
+            bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
+            rngs=rngs,
+            **namesake,
+        )
+        # The namesake builds plain layers; unit-scaled ones take over their parameters.
+        for name, plain in list(vars(self).items()):
+            if isinstance(plain, nnx.Linear):
+                layer = Linear(
+                    plain.in_features,
+                    plain.out_features,
+                    use_bias=False,
+                    kernel_init=nnx.initializers.zeros_init(),
+                    dtype=plain.dtype,
+                    param_dtype=plain.param_dtype,
+                    promote_dtype=plain.promote_dtype,
+                    formats=formats,
+                    constraint=constraint,
+                    batch_axis_name=batch_axis_name,
+                    rngs=rngs,
+                )
+                layer.kernel, layer.bias = plain.kernel, plain.bias
+                setattr(self, name, layer)
+
+    def _activation(self, x: jax.Array) -> jax.Array:
+        return unit_scaled(self.activation_fn)(x)
+
+
+class SimpleCell(_Cell, nnx.SimpleCell):
+    """`flax.nnx.SimpleCell` with unit scale: h' = tanh(W_i x + W_h h), or with `+ h`.
+
+    All cells take the arguments of their namesakes, those of `Linear`, and any
+    activation function, whose factors are computed. They give the carry and the output
+    unit scale for independent inputs of unit scale.
+    """
+
+    def __call__(
+        self, carry: jax.Array, inputs: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        recurrent = self.dense_h(carry)
+        if self.residual:  # the carry's half is divided: more of it would be unstable
+            recurrent = weighted_add(recurrent, carry)
+        h = self._activation(weighted_add(self.dense_i(inputs), recurrent))
+        return h, h
+
+
+class LSTMCell(_Cell, nnx.LSTMCell):
+    """`flax.nnx.LSTMCell` with unit scale: see `SimpleCell`."""
+
+    def __call__(
+        self, carry: tuple[jax.Array, jax.Array], inputs: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        pairs = zip(
+            (self.ii, self.if_, self.ig, self.io),
+            (self.hi, self.hf, self.hg, self.ho),
+            strict=True,
+        )
+        h = carry[1]
+        return _lstm(self, carry, *(weighted_add(i(inputs), r(h)) for i, r in pairs))
+
+
+class OptimizedLSTMCell(_Cell, nnx.OptimizedLSTMCell):
+    """`flax.nnx.OptimizedLSTMCell` with unit scale: see `SimpleCell`."""
+
+    def __call__(
+        self, carry: tuple[jax.Array, jax.Array], inputs: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        y = weighted_add(self.dense_i(inputs), self.dense_h(carry[1]))
+        return _lstm(self, carry, *jnp.split(y, 4, axis=-1))
+
+
+def _lstm(
+    cell: _Cell,
+    carry: tuple[jax.Array, jax.Array],
+    i: jax.Array,
+    f: jax.Array,
+    g: jax.Array,
+    o: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    c = gated_carry(carry[0], cell._activation(g), f, i, gate_fn=cell.gate_fn)
+    h = gated(cell._activation(c), o, gate_fn=cell.gate_fn)
+    return (c, h), h
+
+
+class GRUCell(_Cell, nnx.GRUCell):
+    """`flax.nnx.GRUCell` with unit scale: see `SimpleCell`."""
+
+    def __call__(
+        self, carry: jax.Array, inputs: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        ir, iz, i_n = jnp.split(self.dense_i(inputs), 3, axis=-1)
+        hr, hz, hn = jnp.split(self.dense_h(carry), 3, axis=-1)
+        reset = gated(hn, weighted_add(ir, hr), gate_fn=self.gate_fn)
+        n = self._activation(weighted_add(i_n, reset))
+        h = gated_carry(carry, n, weighted_add(iz, hz), gate_fn=self.gate_fn)
+        return h, h
+
+
+class RecurrentHighwayCell(nnx.RNNCellBase):
+    """The 2023 paper's recurrent highway cell: h' = (1 - u) h + a u tanh(t).
+
+    [t, u'] = W [x, h] + b and u = sigmoid(u' - rebias), with the constant a that keeps
+    h at unit scale (`gated_carry`) and a unit-scaled tanh. The carry is one array.
+
+    Args:
+        in_features: the size of the input.
+        hidden_features: the size of the carry and of the output.
+        rebias: how far the gate starts on the side of keeping.
+        carry_init: the initial carry's initialiser, zeros by default.
+        linear: the further arguments of `Linear`, for W and b.
+
+    Reference: Unit Scaling (Blake et al., 2023), section 6.1; Recurrent Highway
+    Networks (Zilly et al., 2017), of depth one.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        rebias: float = 1.0,
+        param_dtype: Any = jnp.float32,
+        carry_init: nnx.Initializer | None = None,
+        rngs: nnx.Rngs,
+        **linear: Any,
+    ):
+        self.in_features = in_features
+        self.hidden_features = hidden_features
+        self.rebias = rebias
+        self.param_dtype = param_dtype
+        self.carry_init = carry_init
+        self.rngs = nnx.data(None)
+        self.dense = Linear(
+            in_features + hidden_features,
+            2 * hidden_features,
+            param_dtype=param_dtype,
+            rngs=rngs,
+            **linear,
+        )
+
+    def __call__(
+        self, carry: jax.Array, inputs: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        both = jnp.concatenate([inputs, carry], axis=-1)
+        t, u = jnp.split(self.dense(both), 2, axis=-1)
+        # 1 - sigmoid(x) = sigmoid(-x), for which -u is as unit-normal as u.
+        h = gated_carry(carry, tanh(t), -u, bias=self.rebias)
+        return h, h
+
+    initialize_carry = nnx.GRUCell.initialize_carry
+    num_feature_axes = nnx.GRUCell.num_feature_axes
+
+
+class RNN(nnx.RNN):
+    """`flax.nnx.RNN`, which divides the gradients of its cell by sqrt(steps).
+
+    A weight that is used at each step sums up as many gradients. Only the loop knows
+    how many, so its parameters get the factor steps^-1/2 here, and a loop of your own
+    needs `scale_bwd(parameter, steps**-0.5)`.
+    """
+
+    def __call__(
+        self, inputs: jax.Array, *, time_major: bool | None = None, **namesake: Any
+    ) -> Any:
+        time_major = self.time_major if time_major is None else time_major
+        axis = 0 if time_major else -1 - self.cell.num_feature_axes
+        factor = max(inputs.shape[axis], 1) ** -0.5
+        graph, params, *rest = nnx.split(self, nnx.Param, ...)
+        params = jax.tree.map(lambda p: scale_bwd(p, factor), params)
+        twin = nnx.merge(graph, params, *rest)  # shares all state that is no parameter
+        return nnx.RNN.__call__(twin, inputs, time_major=time_major, **namesake)

@@ -1,0 +1,130 @@
+"""Losses: optax's values, and gradients of the sum at unit scale when training starts.
+
+`cross_entropy` and `mse_loss` at their defaults are compared with the PyTorch library
+in test_parity.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jax_unit_scaling as jus
+
+SHAPE = (64, 32, 50)
+LOGITS, OTHER = jax.random.normal(jax.random.key(0), (2, *SHAPE))
+IDS = jax.random.randint(jax.random.key(1), SHAPE[:-1], 0, SHAPE[-1])
+ONEHOT = jax.nn.one_hot(IDS, SHAPE[-1])
+BITS = jax.random.bernoulli(jax.random.key(2), 0.5, SHAPE)
+FLAT = jnp.zeros(SHAPE)  # logits as they start
+
+
+def _smoothed(logits, ids, *, label_smoothing=0.0, z_loss=0.0):
+    labels = optax.smooth_labels(jax.nn.one_hot(ids, SHAPE[-1]), label_smoothing)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return optax.softmax_cross_entropy(logits, labels) + z_loss * log_z**2
+
+
+# The loss and its options, optax's, an input at the start of training, and targets.
+LOSSES = {
+    "cross_entropy": (jus.cross_entropy, {}, _smoothed, FLAT, IDS),
+    "smoothed": (
+        jus.cross_entropy,
+        {"label_smoothing": 0.2, "z_loss": 0.1},
+        _smoothed,
+        FLAT,
+        IDS,
+    ),
+    "z_loss": (jus.cross_entropy, {"z_loss": 3.0}, _smoothed, FLAT, IDS),
+    "kl_divergence": (
+        jus.kl_divergence,
+        {},
+        lambda x, q: optax.losses.kl_divergence(jax.nn.log_softmax(x), q),
+        FLAT,
+        ONEHOT,
+    ),
+    "binary": (
+        jus.binary_cross_entropy,
+        {},
+        optax.sigmoid_binary_cross_entropy,
+        FLAT,
+        BITS,
+    ),
+    "mse": (jus.mse_loss, {}, optax.squared_error, LOGITS, OTHER),
+    **{
+        f"huber {delta}": (
+            jus.huber_loss,
+            {"delta": delta},
+            optax.huber_loss,
+            LOGITS,
+            OTHER,
+        )
+        for delta in (0.1, 1.0, 10.0)
+    },
+}
+CASES = pytest.mark.parametrize("loss, options, plain, start, y", LOSSES.values())
+
+
+def _rms(x):
+    return np.sqrt(np.mean(np.square(np.asarray(x, np.float64))))
+
+
+@CASES
+def test_the_gradient_has_unit_scale_at_the_start(loss, options, plain, start, y):
+    grad = jax.grad(loss)(start, y, **options)
+    # 102,400 numbers, and 2,048 labels: four standard errors of either.
+    np.testing.assert_allclose(_rms(grad), 1, atol=0.01)
+
+
+@CASES
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_value_is_the_usual_and_the_gradient_that_of_the_sum_times_a_constant(
+    loss, options, plain, start, y, masked
+):
+    losses = plain(LOGITS, y, **options)
+    where = None if not masked else OTHER.reshape(-1)[: losses.size] > 0
+    where = where if where is None else where.reshape(losses.shape)
+    for reduction, reduced in (("mean", jnp.mean), ("sum", jnp.sum)):
+        value, grad = jax.value_and_grad(loss)(
+            LOGITS, y, **options, where=where, reduction=reduction
+        )
+        np.testing.assert_allclose(value, reduced(losses, where=where), rtol=1e-5)
+        true = jax.grad(lambda x: plain(x, y, **options).sum(where=where))(LOGITS)
+        constant = _rms(grad) / _rms(true)
+        np.testing.assert_allclose(grad, constant * true, rtol=1e-3, atol=1e-5)
+        start_grad = jax.grad(loss)(start, y, **options)
+        start_true = jax.grad(lambda x: plain(x, y, **options).sum())(start)
+        np.testing.assert_allclose(
+            constant, _rms(start_grad) / _rms(start_true), rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("loss", [jus.kl_divergence, jus.binary_cross_entropy])
+def test_mult_sharpens_logits_and_is_not_in_their_gradient(loss):
+    q = jax.nn.softmax(OTHER)
+    value, grad = jax.value_and_grad(loss)(LOGITS, q, mult=3.0)
+    want, plain = jax.value_and_grad(loss)(3.0 * LOGITS, q)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(grad, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_distillation_mixes_labels_and_a_teacher_with_one_constant():
+    q = jax.nn.softmax(OTHER)
+
+    def mixed(x):
+        return jus.cross_entropy(x, IDS) + jus.kl_divergence(x, q)
+
+    target = ONEHOT + q
+    want = 50 / 7 * (2 * jax.nn.softmax(LOGITS) - target)  # 49^1/2 = 7
+    np.testing.assert_allclose(jax.grad(mixed)(LOGITS), want, rtol=1e-4, atol=1e-5)
+    assert not np.any(jax.grad(jus.kl_divergence, argnums=1)(LOGITS, q))
+
+
+def test_a_loss_of_float16_is_computed_in_float32():
+    value, grad = jax.value_and_grad(jus.huber_loss)(
+        LOGITS.astype(jnp.float16), OTHER.astype(jnp.float16)
+    )
+    assert (value.dtype, grad.dtype) == (jnp.float32, jnp.float16)
+    exact = optax.huber_loss(LOGITS, OTHER).mean()
+    np.testing.assert_allclose(value, exact, rtol=1e-4)

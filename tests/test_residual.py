@@ -1,0 +1,57 @@
+"""Residual schemes: the weights they stand for, and unit scale through a stack."""
+
+import jax
+import numpy as np
+import pytest
+
+import jax_unit_scaling as jus
+
+
+def test_fixed_weights_are_the_papers():
+    tau = jus.fixed_residual_rule(share=0.2)
+    x, y = jax.random.normal(jax.random.key(0), (2, 100))
+    for index in (0, 5):
+        got = jus.residual_apply(lambda _: y, x, tau=tau(index, 6))
+        np.testing.assert_allclose(got, 0.8**0.5 * x + 0.2**0.5 * y, rtol=1e-5)
+
+
+def test_a_running_mean_gives_all_terms_the_same_weight():
+    tau, terms = jus.running_mean_residual_rule(), np.eye(5, dtype=np.float32)
+    x = terms[0]
+    for index in range(4):
+        branch = terms[index + 1]
+        x = jus.residual_apply(lambda _, b=branch: b, x, tau=tau(index, 4))
+    np.testing.assert_allclose(x, 5**-0.5, rtol=1e-5)
+    # It is u-muP's rule where each branch weighs as much as the embedding.
+    umup = jus.transformer_residual_rule(residual_mult=2**0.5)
+    for index in range(4):
+        np.testing.assert_allclose(tau(index, 4), umup(index, 4))
+
+
+@pytest.mark.parametrize(
+    "rule", [jus.fixed_residual_rule(share=0.3), jus.running_mean_residual_rule()]
+)
+def test_a_stack_has_unit_scale_in_both_passes(rule):
+    kernels = jax.random.normal(jax.random.key(0), (8, 128, 128))
+
+    def stack(x):
+        for i, kernel in enumerate(kernels):
+            x = jus.residual_apply(
+                lambda x, k=kernel: jus.linear(x, k), x, tau=rule(i, 8)
+            )
+        return x
+
+    x, g = jax.random.normal(jax.random.key(1), (2, 256, 128))
+    y, vjp = jax.vjp(jax.jit(stack), x)
+    # Branches that share their input are not quite independent.
+    np.testing.assert_allclose(np.std(y), 1, atol=0.05)
+    np.testing.assert_allclose(np.std(vjp(g)[0]), 1, atol=0.05)
+
+
+def test_a_weighted_add_has_unit_norm_and_its_own_gradient():
+    xs = jax.random.normal(jax.random.key(0), (3, 4096))
+    y, vjp = jax.vjp(lambda *xs: jus.weighted_add(*xs, weights=(1, 2, 2)), *xs)
+    np.testing.assert_allclose(y, (xs[0] + 2 * xs[1] + 2 * xs[2]) / 3, atol=1e-5)
+    for got, weight in zip(vjp(xs[0]), (1 / 3, 2 / 3, 2 / 3), strict=True):
+        np.testing.assert_allclose(got, weight * xs[0], rtol=1e-5)
+    np.testing.assert_allclose(np.std(jus.weighted_add(*xs)), 1, atol=0.05)
