@@ -51,9 +51,11 @@ from .ops.attention import (
 from .ops.contraction import (
     dot_general as dot_general,
     einsum as einsum,
+    einsum_linear as einsum_linear,
     linear as linear,
     linear_readout as linear_readout,
     matmul as matmul,
+    ragged_dot as ragged_dot,
 )
 from .ops.dropout import (
     dropout as dropout,

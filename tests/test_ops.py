@@ -133,6 +133,10 @@ PLAIN = {
     ),
     "matmul": jnp.matmul,
     "einsum": jnp.einsum,
+    "einsum_linear": lambda s, x, k, b=0.0: jnp.einsum(s, x, k) + b,
+    "ragged_dot": lambda x, k, sizes: jnp.concatenate(
+        [a @ b for a, b in zip(jnp.split(x, np.cumsum(sizes)[:-1]), k, strict=True)]
+    ),
     "add": jnp.add,
     "softmax": lambda x, axis=-1, mult=1.0: jax.nn.softmax(x * mult, axis),
     "layer_norm": lambda x, scale=1.0, bias=0.0: (
@@ -219,6 +223,21 @@ WRONG = {
     "format": (lambda: jus.Formats("e4m3"), TypeError, "`fwd` must be a"),
     "matmul": (lambda: jus.matmul(X, X), ValueError, "must agree on k"),
     "einsum": (lambda: jus.einsum("ij,ij->i", X, KERNEL), ValueError, "two sizes"),
+    "einsum bias": (
+        lambda: jus.einsum_linear("ij,jk->ik", X, KERNEL, X),
+        ValueError,
+        "`bias` must be broadcastable",
+    ),
+    "ragged": (
+        lambda: jus.ragged_dot(X, KERNEL, jnp.array([4])),
+        ValueError,
+        r"`rhs` \[groups, k, n\]",
+    ),
+    "groups": (
+        lambda: jus.ragged_dot(X, KERNEL[None], jnp.array([2, 2])),
+        ValueError,
+        "`group_sizes` must have",
+    ),
     "one operand": (lambda: jus.einsum("ij->i", X, X), ValueError, "two operands"),
     "add": (lambda: jus.add(X, KERNEL), ValueError, "must be broadcastable"),
     "gate": (lambda: jus.silu_glu(X, KERNEL), ValueError, "`x` and `gate` must"),
