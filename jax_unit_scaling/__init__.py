@@ -67,6 +67,10 @@ from .ops.loss import (
     cross_entropy as cross_entropy,
     mse_loss as mse_loss,
 )
+from .ops.moe import (
+    RouterLosses as RouterLosses,
+    mixture_of_experts as mixture_of_experts,
+)
 from .ops.normalization import (
     layer_norm as layer_norm,
     rms_norm as rms_norm,

@@ -1,10 +1,15 @@
 """Unit-scaled modules, drop-in for their `flax.nnx` namesakes."""
 
 from .linear import (
+    Einsum as Einsum,
     Embed as Embed,
     Linear as Linear,
     LinearGeneral as LinearGeneral,
     LinearReadout as LinearReadout,
+)
+from .moe import (
+    ExpertLinear as ExpertLinear,
+    MoE as MoE,
 )
 from .normalization import (
     Dropout as Dropout,

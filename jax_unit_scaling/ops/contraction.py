@@ -432,6 +432,17 @@ def einsum_linear(
     return y if bias is None else y + bias
 
 
+def einsum_fan_in(subscripts: str, kernel_shape: Sequence[int]) -> int:
+    """The length of the kernel's contracted axes: its labels that the output lacks."""
+    term, _, result = subscripts.replace(" ", "").partition(",")[2].partition("->")
+    labels = _labels(term, len(kernel_shape))
+    return math.prod(
+        size
+        for label, size in zip(labels, kernel_shape, strict=True)
+        if isinstance(label, str) and label not in result
+    )
+
+
 def _ragged_dot_rule(
     lhs: Any, rhs: Any, group_sizes: Any, *_: Any, **__: Any
 ) -> Factors:
