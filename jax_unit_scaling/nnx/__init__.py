@@ -1,5 +1,8 @@
 """Unit-scaled modules, drop-in for their `flax.nnx` namesakes."""
 
+from .convert import (
+    convert as convert,
+)
 from .linear import (
     Einsum as Einsum,
     Embed as Embed,
