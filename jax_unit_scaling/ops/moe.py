@@ -152,9 +152,9 @@ def _losses(
 
 
 class _RouterScales(NamedTuple):
-    """Scales under independent unit-normal logits: of a token's weights (their norm),
-    and of the logits' cotangents from the weights, for weights with unit-normal
-    cotangents times 1 / `weights`, and from each loss."""
+    """Scales under independent unit-normal logits: a token's weights' norm; and those
+    of the logits' cotangents from the weights, times 1 / `weights`, whose own are unit
+    normal, and from each loss, for loads that deviate by 100%."""
 
     weights: float
     logits: float
@@ -188,10 +188,12 @@ def _router_scales(num_experts: int, k: int, mult: float) -> _RouterScales:
     def rms(sums: np.ndarray) -> float:
         return mult * math.sqrt(np.mean(sums) / num_experts)
 
+    # Loads that deviate by 100% have a mean of their own, which softmax ignores.
+    apart = math.sqrt(num_experts / (num_experts - 1))
     return _RouterScales(
         weights,
         rms(cotangent(among, k)) / weights,
-        rms(cotangent(p, num_experts)),
+        rms(cotangent(p, num_experts)) * apart,
         rms(4 * z**2 * np.sum(p**2, -1)),
     )
 
