@@ -56,9 +56,11 @@ from .ops.attention import (
 from .ops.contraction import (
     dot_general as dot_general,
     einsum as einsum,
+    einsum_linear as einsum_linear,
     linear as linear,
     linear_readout as linear_readout,
     matmul as matmul,
+    ragged_dot as ragged_dot,
 )
 from .ops.dropout import (
     dropout as dropout,
@@ -72,6 +74,10 @@ from .ops.loss import (
     huber_loss as huber_loss,
     kl_divergence as kl_divergence,
     mse_loss as mse_loss,
+)
+from .ops.moe import (
+    RouterLosses as RouterLosses,
+    mixture_of_experts as mixture_of_experts,
 )
 from .ops.normalization import (
     layer_norm as layer_norm,

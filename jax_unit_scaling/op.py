@@ -142,8 +142,10 @@ class Op(Generic[P, R]):
             arguments[name] = x.astype(jnp.float32) if self._widens(half) else x
         if "bias" in arguments:
             arguments["bias"] = None
-        if keep := half and options.get("preferred_element_type", dtype) is None:
-            options["preferred_element_type"] = jnp.float32
+        # An option of lax's own signatures, in which it may be positional.
+        given = arguments if "preferred_element_type" in arguments else options
+        if keep := half and given.get("preferred_element_type", dtype) is None:
+            given["preferred_element_type"] = jnp.float32
         keywords = {k: v for k, v in options.items() if k not in _ABOUT_FACTORS}
         y: Any = self.fn(*arguments.values(), **keywords)
         y = scaled(y, fwd=factors.fwd, bwd=common)

@@ -145,6 +145,10 @@ PLAIN = {
     ),
     "matmul": jnp.matmul,
     "einsum": jnp.einsum,
+    "einsum_linear": lambda s, x, k, b=0.0: jnp.einsum(s, x, k) + b,
+    "ragged_dot": lambda x, k, sizes: jnp.concatenate(
+        [a @ b for a, b in zip(jnp.split(x, np.cumsum(sizes)[:-1]), k, strict=True)]
+    ),
     "add": jnp.add,
     "multiply": jnp.multiply,
     "sum": jnp.sum,
@@ -236,6 +240,21 @@ WRONG = {
     "format": (lambda: jus.Formats("e4m3"), TypeError, "`fwd` must be a"),
     "matmul": (lambda: jus.matmul(X, X), ValueError, "must agree on k"),
     "einsum": (lambda: jus.einsum("ij,ij->i", X, KERNEL), ValueError, "two sizes"),
+    "einsum bias": (
+        lambda: jus.einsum_linear("ij,jk->ik", X, KERNEL, X),
+        ValueError,
+        "`bias` must be broadcastable",
+    ),
+    "ragged": (
+        lambda: jus.ragged_dot(X, KERNEL, jnp.array([4])),
+        ValueError,
+        r"`rhs` \[groups, k, n\]",
+    ),
+    "groups": (
+        lambda: jus.ragged_dot(X, KERNEL[None], jnp.array([2, 2])),
+        ValueError,
+        "`group_sizes` must have",
+    ),
     "one operand": (lambda: jus.einsum("ij->i", X, X), ValueError, "two operands"),
     "add": (lambda: jus.add(X, KERNEL), ValueError, "must be broadcastable"),
     "multiply": (lambda: jus.multiply(X, KERNEL), ValueError, "must be broadcastable"),

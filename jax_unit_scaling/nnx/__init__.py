@@ -1,9 +1,13 @@
 """Unit-scaled modules, drop-in for their `flax.nnx` namesakes."""
 
+from .convert import (
+    convert as convert,
+)
 from .depth import (
     set_depth as set_depth,
 )
 from .linear import (
+    Einsum as Einsum,
     Embed as Embed,
     Linear as Linear,
     LinearGeneral as LinearGeneral,
@@ -12,6 +16,10 @@ from .linear import (
 from .lora import (
     LoRA as LoRA,
     LoRALinear as LoRALinear,
+)
+from .moe import (
+    ExpertLinear as ExpertLinear,
+    MoE as MoE,
 )
 from .normalization import (
     Dropout as Dropout,

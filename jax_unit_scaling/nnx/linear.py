@@ -1,7 +1,8 @@
 """Linear layers and embeddings, drop-in for their `flax.nnx` namesakes."""
 
+import functools as ft
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ from jax import lax
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
 from ..op import AxisName
-from ..ops.contraction import linear, linear_readout
+from ..ops.contraction import einsum_fan_in, einsum_linear, linear, linear_readout
 from ..ops.embedding import embedding
 from ..parameters import Role, role_metadata
+from ..scale import scale_bwd, scale_fwd
 
 # What unit scaling starts from: every weight has unit variance.
 unit_normal = nnx.initializers.normal(1.0)
@@ -28,6 +30,8 @@ class Linear(nnx.Linear):
         constraint: makes the output's and the input's factor agree.
         batch_axis_name: axes over which the batch is split, inside `shard_map`, `pmap`
             or a `vmap` over examples.
+        output_scale: multiplies the output, before the bias, and the input's cotangent,
+            but not the kernel's: a weight's own scale, which `convert` keeps here.
     """
 
     _op = staticmethod(linear)
@@ -45,6 +49,7 @@ class Linear(nnx.Linear):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
@@ -61,9 +66,12 @@ class Linear(nnx.Linear):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.output_scale = output_scale
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        return _apply(self, self._op, inputs, -1, self.dot_general, out_sharding)
+        product = _times(self.dot_general, self.output_scale)
+        op = ft.partial(self._op, dot_general=product)
+        return _apply(self, op, inputs, out_sharding)
 
 
 class LinearReadout(Linear):
@@ -107,6 +115,7 @@ class LinearGeneral(nnx.LinearGeneral):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
@@ -131,33 +140,85 @@ class LinearGeneral(nnx.LinearGeneral):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.output_scale = output_scale
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         product = self.dot_general_cls() if self.dot_general_cls else self.dot_general
-        return _apply(
-            self, linear, inputs, self.axis, product or lax.dot_general, out_sharding
+        product = _times(product or lax.dot_general, self.output_scale)
+        op = ft.partial(linear, axis=self.axis, dot_general=product)
+        return _apply(self, op, inputs, out_sharding)
+
+
+class Einsum(nnx.Einsum):
+    """`flax.nnx.Einsum` with unit-normal weights, computed by `einsum_linear`.
+
+    Takes the further arguments of `Linear`.
+    """
+
+    def __init__(
+        self,
+        einsum_str: str,
+        kernel_shape: Sequence[int],
+        bias_shape: Sequence[int] | None = None,
+        *,
+        kernel_init: nnx.Initializer = unit_normal,
+        kernel_metadata: Any = None,
+        bias_metadata: Any = None,
+        formats: Formats | None = None,
+        constraint: Constraint | None = to_output_scale,
+        batch_axis_name: AxisName | None = None,
+        output_scale: float = 1.0,
+        rngs: nnx.Rngs,
+        **namesake: Any,
+    ):
+        role = role_metadata("weight", einsum_fan_in(einsum_str, kernel_shape))
+        super().__init__(
+            einsum_str,
+            tuple(kernel_shape),
+            None if bias_shape is None else tuple(bias_shape),
+            kernel_init=kernel_init,
+            kernel_metadata=role | dict(kernel_metadata or {}),
+            bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
+            rngs=rngs,
+            **namesake,
         )
+        self.formats = formats
+        self.constraint = constraint
+        self.batch_axis_name = batch_axis_name
+        self.output_scale = output_scale
+
+    def __call__(
+        self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None
+    ) -> jax.Array:
+        subscripts = (einsum_str or self.einsum_str).replace(" ", "")
+        product = _times(self.einsum_op, self.output_scale)
+
+        def op(
+            x: jax.Array, kernel: jax.Array, bias: jax.Array | None, **options: Any
+        ) -> jax.Array:
+            if bias is not None:
+                shape = self._infer_broadcasted_bias_shape(subscripts, x, kernel)
+                bias = bias.reshape(shape)
+            return einsum_linear(subscripts, x, kernel, bias, einsum=product, **options)
+
+        return _apply(self, op, inputs, out_sharding)
 
 
-def _apply(
-    layer: Any,
-    op: Any,
-    inputs: jax.Array,
-    axis: int | tuple[int, ...],
-    dot_general: Any,
-    out_sharding: Any,
-) -> jax.Array:
+def _times(product: Callable[..., jax.Array], factor: float) -> Any:
+    """A product times `factor`; the input's cotangent gets its own in `_apply`."""
+    return lambda *args, **kwargs: scale_fwd(product(*args, **kwargs), factor)
+
+
+def _apply(layer: Any, op: Any, inputs: jax.Array, out_sharding: Any) -> jax.Array:
     """What a linear layer does, whatever its shape: promote, and one call into ops."""
     bias = None if layer.bias is None else layer.bias[...]
     inputs, kernel, bias = layer.promote_dtype(
         (inputs, layer.kernel[...], bias), dtype=layer.dtype
     )
     return op(
-        inputs,
+        scale_bwd(inputs, layer.output_scale),
         kernel,
         bias,
-        axis=axis,
-        dot_general=dot_general,
         precision=layer.precision,
         preferred_element_type=layer.preferred_element_type,
         out_sharding=out_sharding,
@@ -171,7 +232,8 @@ class Embed(nnx.Embed):
     """`flax.nnx.Embed` with a unit-normal table, computed by `embedding`.
 
     `attend` is refused: its gradient and the look-up's would meet in one table with
-    different factors. Use a `LinearReadout` for the logits.
+    different factors. Use a `LinearReadout` for the logits. `batch_axis_name` and
+    `output_scale`: as in `Linear`.
     """
 
     def __init__(
@@ -182,6 +244,7 @@ class Embed(nnx.Embed):
         embedding_init: nnx.Initializer = unit_normal,
         embedding_metadata: Any = None,
         batch_axis_name: AxisName | None = None,
+        output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
@@ -195,6 +258,7 @@ class Embed(nnx.Embed):
             **namesake,
         )
         self.batch_axis_name = batch_axis_name
+        self.output_scale = output_scale
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         if out_sharding is not None:
@@ -205,7 +269,8 @@ class Embed(nnx.Embed):
         (table,) = self.promote_dtype(
             (self.embedding[...],), dtype=self.dtype, inexact=False
         )
-        return embedding(table, inputs, batch_axis_name=self.batch_axis_name)
+        y = embedding(table, inputs, batch_axis_name=self.batch_axis_name)
+        return scale_fwd(y, self.output_scale)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         raise NotImplementedError(

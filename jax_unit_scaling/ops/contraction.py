@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats, quantize_bwd, quantize_fwd
@@ -168,16 +169,22 @@ def linear(
     """
     axes = _axes(x, axis)
     numbers = ((axes, tuple(range(len(axes)))), ((), ()))
-    keywords: dict[str, Any] = {"precision": precision}
-    for name, value in (
-        ("preferred_element_type", preferred_element_type),
-        ("out_sharding", out_sharding),
-    ):  # as Flax: a user's own `dot_general` need not know these
-        if value is not None:
-            keywords[name] = value
-    product = ft.partial(dot_general, dimension_numbers=numbers, **keywords)
+    options = _options(precision, preferred_element_type, out_sharding)
+    product = ft.partial(dot_general, dimension_numbers=numbers, **options)
     y = _rounded(product, formats)(x, kernel)
     return y if bias is None else y + bias
+
+
+def _options(
+    precision: Any, preferred_element_type: DTypeLike | None, out_sharding: Any
+) -> dict[str, Any]:
+    """As in Flax: a user's own product need not know what is left None."""
+    options = {
+        "preferred_element_type": preferred_element_type,
+        "out_sharding": out_sharding,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return {"precision": precision} | given
 
 
 def _readout_rule(x: Any, kernel: Any, bias: Any = None, **options: Any) -> Factors:
@@ -367,3 +374,129 @@ def einsum(
         preferred_element_type=preferred_element_type,
     )
     return _rounded(product, formats)(x, y)
+
+
+def _einsum_linear_rule(
+    subscripts: str, x: Any, kernel: Any, bias: Any = None, **_: Any
+) -> Factors:
+    factors = _einsum_rule(subscripts, x, kernel)
+    bwd = {"x": factors.bwd["x"], "kernel": factors.bwd["y"]}
+    if bias is None:
+        return Factors(factors.fwd, bwd)
+    out = jax.eval_shape(ft.partial(jnp.einsum, subscripts), x, kernel).shape
+    try:
+        fits = jnp.broadcast_shapes(bias.shape, out) == out
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`bias` must be broadcastable to the output's shape {out}, got "
+            f"{bias.shape}."
+        )
+    size = math.prod(out)
+    shared = math.sqrt(math.prod(bias.shape) / size) if size else 1.0
+    return Factors(factors.fwd, bwd | {"bias": shared})
+
+
+@scaled_op(
+    rule=_einsum_linear_rule,
+    parameters=("kernel", "bias"),
+    cases=(
+        case("bqhd,bkhd->bhqk", (4, 32, 4, 64), (4, 48, 4, 64)),
+        case("...i,ij->...j", (8, 64, 128), (128, 4096), Zeros((4096,))),
+        case("bhd,hde->beh", (64, 32, 64), (32, 64, 96), Zeros((96, 32))),
+    ),
+)
+def einsum_linear(
+    subscripts: str,
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    bias: Float[Array, "..."] | None = None,
+    *,
+    einsum: Callable[..., Array] = jnp.einsum,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    out_sharding: Any = None,
+    formats: Formats | None = None,
+    constraint: Constraint | None = to_output_scale,
+    batch_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    """Unit-scaled `jnp.einsum` of an activation and a parameter, plus `bias`.
+
+    `bias` is broadcast to the output; `einsum` computes the plain product. Factors: as
+    `einsum`, with `kernel`'s, a parameter's, left out of the constraint; for `bias`
+    (its size / the output's)^1/2.
+    """
+    options = _options(precision, preferred_element_type, out_sharding)
+    y = _rounded(ft.partial(einsum, subscripts, **options), formats)(x, kernel)
+    return y if bias is None else y + bias
+
+
+def einsum_fan_in(subscripts: str, kernel_shape: Sequence[int]) -> int:
+    """The length of the kernel's contracted axes: its labels that the output lacks."""
+    term, _, result = subscripts.replace(" ", "").partition(",")[2].partition("->")
+    labels = _labels(term, len(kernel_shape))
+    return math.prod(
+        size
+        for label, size in zip(labels, kernel_shape, strict=True)
+        if isinstance(label, str) and label not in result
+    )
+
+
+def _ragged_dot_rule(
+    lhs: Any, rhs: Any, group_sizes: Any, *_: Any, **__: Any
+) -> Factors:
+    shapes = f"{lhs.shape} and {rhs.shape}"
+    if len(lhs.shape) != 2 or len(rhs.shape) != 3 or lhs.shape[1] != rhs.shape[1]:
+        raise ValueError(
+            "`lhs` must be [m, k] and `rhs` [groups, k, n] with the same k, got shapes "
+            f"{shapes}."
+        )
+    if group_sizes.shape != rhs.shape[:1]:
+        raise ValueError(
+            f"`group_sizes` must have the shape {rhs.shape[:1]}, one size for each "
+            f"group of `rhs` {rhs.shape}, got {group_sizes.shape}."
+        )
+    (m, k), n = lhs.shape, rhs.shape[2]
+    return factors_of_sum(m * k * n, out=m * n, lhs=m * k, rhs=math.prod(rhs.shape))
+
+
+@scaled_op(
+    rule=_ragged_dot_rule,
+    parameters=("rhs",),
+    cases=(
+        case((256, 64), (4, 64, 96), np.array([64, 64, 64, 64])),
+        case((384, 128), (4, 128, 48), np.array([200, 0, 56, 128])),
+    ),
+)
+def ragged_dot(
+    lhs: Float[Array, "m k"],
+    rhs: Float[Array, "groups k n"],
+    group_sizes: Integer[Array, " groups"],
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    *,
+    formats: Formats | None = None,
+    constraint: Constraint | None = to_output_scale,
+    batch_axis_name: AxisName | None = None,
+) -> Float[Array, "m n"]:
+    """Unit-scaled `jax.lax.ragged_dot`: each group of rows times its own matrix.
+
+    The first `group_sizes[0]` rows of `lhs` are multiplied by `rhs[0]`, the next by
+    `rhs[1]` and so on; the sizes add up to m. `rhs` is a parameter. Factors: k^-1/2
+    forward, n^-1/2 for `lhs`, (m / groups)^-1/2 for `rhs`.
+
+    The sizes are values and no factor can depend on them, so the last is that of
+    balanced groups. It is right for any: a matrix with s rows has a gradient of scale
+    (s groups / m)^1/2, whose mean square over the groups is 1.
+
+    `jax.vmap` needs a leading axis on all three arrays, as lax does. lax's
+    `group_offset` is left out: JAX has not implemented it.
+    """
+    product = ft.partial(
+        lax.ragged_dot,
+        group_sizes=jnp.asarray(group_sizes),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return _rounded(product, formats)(lhs, rhs)

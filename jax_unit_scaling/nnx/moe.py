@@ -1,0 +1,150 @@
+"""A mixture-of-experts feed-forward layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from ..constraints import Constraint, to_output_scale
+from ..formats import Formats
+from ..op import AxisName
+from ..ops.activation import silu_glu
+from ..ops.contraction import ragged_dot
+from ..ops.moe import RouterLosses, mixture_of_experts
+from ..parameters import role_metadata
+from .linear import Linear, unit_normal
+
+
+class ExpertLinear(nnx.Module):
+    """A linear layer for each expert, without bias, computed by `ragged_dot`.
+
+    Its `kernel` is [num_experts, in_features, out_features]. It is called with rows
+    that are sorted by expert, and the number of rows of each. Arguments as in `Linear`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: nnx.Initializer = unit_normal,
+        kernel_metadata: Any = None,
+        promote_dtype: Callable[..., Any] = promote_dtype,
+        preferred_element_type: Any = None,
+        formats: Formats | None = None,
+        constraint: Constraint | None = to_output_scale,
+        batch_axis_name: AxisName | None = None,
+        rngs: nnx.Rngs,
+    ):
+        shape = (num_experts, in_features, out_features)
+        metadata = role_metadata("weight", in_features) | dict(kernel_metadata or {})
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), shape, param_dtype), **metadata
+        )
+        self.dtype = dtype
+        self.precision = precision
+        self.promote_dtype = promote_dtype
+        self.preferred_element_type = preferred_element_type
+        self.formats = formats
+        self.constraint = constraint
+        self.batch_axis_name = batch_axis_name
+
+    def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        rows, kernel = self.promote_dtype((rows, self.kernel[...]), dtype=self.dtype)
+        return ragged_dot(
+            rows,
+            kernel,
+            group_sizes,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            formats=self.formats,
+            constraint=self.constraint,
+            batch_axis_name=self.batch_axis_name,
+        )
+
+
+class MoE(nnx.Module):
+    """An `MLP` for each expert, and a router that sends each token to a few of them.
+
+    Returns the output and the router's losses, to be added to the model's loss:
+
+        y, losses = moe(x)
+        loss = cross_entropy(...) + 0.01 * losses.load_balance + 1e-3 * losses.z_loss
+
+    The router computes in float32 at least and without `formats`: it is a small part of
+    the work, and a rounded logit changes which expert is chosen.
+
+    Args:
+        in_features: the size of the input and of the output.
+        hidden_features: the size inside an expert.
+        num_experts: how many experts there are.
+        num_selected: how many a token goes to.
+        mult: multiplies the router's logits.
+        activation, gated: as in `MLP`.
+        formats, constraint, batch_axis_name and the rest: as in `Linear`.
+
+    Reference: Mixtral (Jiang et al., 2024), for the function; `mixture_of_experts` for
+    its factors.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        num_experts: int,
+        num_selected: int = 2,
+        *,
+        mult: float = 1.0,
+        activation: Callable[..., jax.Array] = silu_glu,
+        gated: bool = True,
+        batch_axis_name: AxisName | None = None,
+        rngs: nnx.Rngs,
+        **linear: Any,
+    ):
+        linear["batch_axis_name"] = batch_axis_name
+        shared = {"batch_axis_name", "constraint", "kernel_init", "param_dtype"}
+        self.router = Linear(
+            in_features,
+            num_experts,
+            use_bias=False,
+            rngs=rngs,
+            **{name: linear[name] for name in shared & linear.keys()},
+        )
+
+        def layer(d_in: int, d_out: int) -> ExpertLinear:
+            return ExpertLinear(num_experts, d_in, d_out, rngs=rngs, **linear)
+
+        self.up = layer(in_features, hidden_features)
+        self.gate = layer(in_features, hidden_features) if gated else nnx.data(None)
+        self.down = layer(hidden_features, in_features)
+        self.num_experts = num_experts
+        self.num_selected = num_selected
+        self.mult = mult
+        self.activation = activation
+        self.batch_axis_name = batch_axis_name
+
+    def __call__(self, inputs: jax.Array) -> tuple[jax.Array, RouterLosses]:
+        return mixture_of_experts(
+            self._route,
+            self._apply_experts,
+            inputs,
+            num_experts=self.num_experts,
+            num_selected=self.num_selected,
+            mult=self.mult,
+            batch_axis_name=self.batch_axis_name,
+        )
+
+    def _route(self, tokens: jax.Array) -> jax.Array:
+        return self.router(tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32)))
+
+    def _apply_experts(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        up = self.up(rows, sizes)
+        gate = () if self.gate is None else (self.gate(rows, sizes),)
+        return self.down(self.activation(up, *gate), sizes)

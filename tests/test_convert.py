@@ -1,0 +1,173 @@
+"""Converted Flax models: the same function, unit-scaled weights, true gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jax_unit_scaling as jus
+
+
+class _Flax(nnx.Module):
+    """A small language model of plain Flax layers, of every kind that converts."""
+
+    def __init__(self, rngs, vocabulary=16, width=32):
+        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (8, width)))
+        self.norms = nnx.List(
+            [nnx.LayerNorm(width, rngs=rngs), nnx.RMSNorm(width, rngs=rngs)]
+        )
+        self.attention = nnx.MultiHeadAttention(
+            4, width, num_kv_heads=2, decode=False, rngs=rngs
+        )
+        self.mlp = nnx.Sequential(
+            nnx.Linear(width, 4 * width, rngs=rngs),
+            nnx.gelu,
+            nnx.Dropout(0.1, deterministic=True),
+            nnx.Einsum("...h,hd->...d", (4 * width, width), (width,), rngs=rngs),
+        )
+        self.readout = nnx.Linear(
+            width, vocabulary, kernel_metadata={"mine": 1}, rngs=rngs
+        )
+
+    def __call__(self, ids):
+        x = self.embed(ids) + self.position[...]
+        x = x + self.attention(self.norms[0](x), is_causal=True)
+        return self.readout(x + self.mlp(self.norms[1](x)))
+
+
+def _batch(step):
+    """Sequences that count on by a step of their own."""
+    start, step = jax.random.randint(jax.random.key(step), (2, 32, 1), 0, 16)
+    ids = (start + step * jnp.arange(9)) % 16
+    return ids[:, :-1], ids[:, 1:]
+
+
+def _trainer(model, rate, loss_fn):
+    """update(state, batch) -> state, loss, gradients; the first state; its model."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    optimiser = optax.adam(rate)
+
+    @jax.jit
+    def update(state, batch):
+        params, moments = state
+
+        def loss(params):
+            return loss_fn(nnx.merge(graph, params, rest)(batch[0]), batch[1])
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, moments = optimiser.update(grads, moments)
+        return (optax.apply_updates(params, updates), moments), value, grads
+
+    state = params, optimiser.init(params)
+    return update, state, lambda state: nnx.merge(graph, state[0], rest)
+
+
+def _train(update, state, steps=60):
+    losses = []
+    for step in range(steps):
+        state, loss, _ = update(state, _batch(step))
+        losses.append(float(loss))
+    return state, losses
+
+
+def _optax_loss(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _kernels(model):
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model))
+        if "kernel" in jax.tree_util.keystr(path)
+        or "embed" in jax.tree_util.keystr(path)
+    }
+
+
+def test_a_trained_model_converts_and_learns_on():
+    plain_update, state, model = _trainer(_Flax(nnx.Rngs(0)), 3e-3, _optax_loss)
+    state, before = _train(plain_update, state)
+    plain = model(state)
+    assert before[-1] < 0.8 * before[0]
+
+    untouched = jax.tree.map(np.array, nnx.state(plain))
+    unit = jus.nnx.convert(plain)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(plain), untouched)
+    ids, labels = _batch(99)
+    np.testing.assert_allclose(unit(ids), plain(ids), rtol=1e-5, atol=1e-5)
+    kernels = _kernels(unit)
+    assert len(kernels) == 8 == len(_kernels(plain))
+    for path, kernel in kernels.items():
+        np.testing.assert_allclose(np.std(kernel), 1, rtol=1e-5, err_msg=path)
+    assert unit.readout.kernel.get_metadata()["mine"] == 1
+
+    # Its gradients are true, each a positive multiple of the original's, and as large
+    # as its activations make them instead of 1 / tokens.
+    unit_update, unit_state, _ = _trainer(unit, 1e-2, jus.cross_entropy)
+    _, _, want = plain_update(state, (ids, labels))
+    _, _, got = unit_update(unit_state, (ids, labels))
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        a, b = np.ravel(a).astype(np.float64), np.ravel(b).astype(np.float64)
+        path = jax.tree_util.keystr(path)
+        if "'key'" in path and "'bias'" in path:
+            continue  # it shifts all logits of a query alike: its gradient is zero
+        cosine = a @ b / np.sqrt((a @ a) * (b @ b))
+        np.testing.assert_allclose(cosine, 1, atol=1e-4, err_msg=path)
+        if "kernel" in path:
+            assert 0.03 < np.sqrt(np.mean(a**2)) < 10, path
+
+    _, after = _train(unit_update, unit_state)
+    assert np.mean(after[:5]) < 1.1 * np.mean(before[-5:])
+    assert np.mean(after[-5:]) < 0.7 * np.mean(before[-5:])
+
+
+def test_a_single_layer_and_a_zero_weight_convert_and_formats_pass_on():
+    x = jax.random.normal(jax.random.key(0), (8, 16))
+    zero = nnx.Linear(16, 4, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(jus.nnx.convert(zero)(x), zero(x))
+    plain = nnx.LinearGeneral(16, (2, 4), rngs=nnx.Rngs(0))
+    rounded = jus.nnx.convert(plain, formats=jus.SIMULATED_FP8, batch_axis_name="data")
+    assert rounded.batch_axis_name == "data"
+    rounded.batch_axis_name = None
+    assert 1e-3 < np.max(np.abs(rounded(x) - plain(x))) < 0.3
+    again = jus.nnx.convert(rounded)  # what is unit-scaled already stays
+    np.testing.assert_array_equal(again(x), rounded(x))
+
+
+class _Shared(nnx.Module):
+    def __init__(self, what):
+        self.a = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.b = self.a if what == "layer" else nnx.Linear(4, 4, rngs=nnx.Rngs(1))
+        self.b.kernel = self.a.kernel
+
+
+def test_a_layer_used_twice_stays_one():
+    unit = jus.nnx.convert(_Shared("layer"))
+    assert unit.a is unit.b and isinstance(unit.a, jus.nnx.Linear)
+
+
+BAD = {
+    "unknown": (
+        lambda: nnx.GroupNorm(8, 2, rngs=nnx.Rngs(0)),
+        "at the root, GroupNorm",
+    ),
+    "nested": (
+        lambda: nnx.Sequential(nnx.relu, nnx.BatchNorm(8, rngs=nnx.Rngs(0))),
+        r"at \.layers\[1\], BatchNorm",
+    ),
+    "options": (
+        lambda: nnx.LayerNorm(8, reduction_axes=(0, 1), rngs=nnx.Rngs(0)),
+        "LayerNorm that cannot be converted at the root: `reduction_axes`",
+    ),
+    "shared": (lambda: _Shared("parameter"), r"between \.a and \.b"),
+}
+
+
+@pytest.mark.parametrize("make, match", BAD.values(), ids=BAD)
+def test_what_cannot_be_converted_is_refused_by_its_place(make, match):
+    with pytest.raises(ValueError, match=match):
+        jus.nnx.convert(make())
