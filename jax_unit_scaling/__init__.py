@@ -55,6 +55,10 @@ from .ops.contraction import (
     linear_readout as linear_readout,
     matmul as matmul,
 )
+from .ops.conv import (
+    conv as conv,
+    conv_transpose as conv_transpose,
+)
 from .ops.dropout import (
     dropout as dropout,
 )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jax_unit_scaling as jus
 from jax_unit_scaling.op import OPS, Integers, Key, Zeros
@@ -110,6 +111,19 @@ def test_a_constraint_makes_the_factors_of_activations_agree(op, c, constraint):
         assert tied.bwd.get(name) == free.bwd.get(name)
 
 
+def _module(cls, x, kernel, bias=None, *, transpose_kernel=False, **options):
+    """What a convolution of `flax.nnx` with these parameters computes."""
+    sizes = (kernel.shape[-1], kernel.shape[-2])[:: 1 if transpose_kernel else -1]
+    if transpose_kernel:
+        options["transpose_kernel"] = True
+    d_in = sizes[0] * options.get("feature_group_count", 1)
+    layer = cls(d_in, sizes[1], kernel.shape[:-2], rngs=nnx.Rngs(0), **options)
+    layer.kernel[...] = kernel
+    if bias is not None:
+        layer.bias[...] = bias
+    return layer(x)
+
+
 # The plain functions, stated again: a derived rule would follow any function.
 PLAIN = {
     "relu": jax.nn.relu,
@@ -134,6 +148,8 @@ PLAIN = {
     "matmul": jnp.matmul,
     "einsum": jnp.einsum,
     "add": jnp.add,
+    "conv": lambda *a, **k: _module(nnx.Conv, *a, **k),
+    "conv_transpose": lambda *a, **k: _module(nnx.ConvTranspose, *a, **k),
     "softmax": lambda x, axis=-1, mult=1.0: jax.nn.softmax(x * mult, axis),
     "layer_norm": lambda x, scale=1.0, bias=0.0: (
         jax.nn.standardize(x, epsilon=1e-6) * scale + bias

@@ -21,20 +21,20 @@ DotDimensionNumbers = tuple[
 ]
 
 
-def _rounded(
+def rounded(
     product: Callable[[Array, Array], Array], formats: Formats | None
 ) -> Callable[[Array, Array], Array]:
     """The product of operands, and of cotangents, rounded to `formats`."""
     if formats is None:
         return product
 
-    def rounded(lhs: Array, rhs: Array) -> Array:
+    def of_rounded(lhs: Array, rhs: Array) -> Array:
         if formats.fwd is not None:
             lhs, rhs = (quantize_fwd(x, formats.fwd) for x in (lhs, rhs))
         y = product(lhs, rhs)
         return y if formats.bwd is None else quantize_bwd(y, formats.bwd)
 
-    return rounded
+    return of_rounded
 
 
 def _dot_general_rule(
@@ -96,7 +96,7 @@ def dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, **keywords
         )
 
-    return _rounded(product, formats)(lhs, rhs)
+    return rounded(product, formats)(lhs, rhs)
 
 
 def _linear_rule(
@@ -176,7 +176,7 @@ def linear(
         if value is not None:
             keywords[name] = value
     product = ft.partial(dot_general, dimension_numbers=numbers, **keywords)
-    y = _rounded(product, formats)(x, kernel)
+    y = rounded(product, formats)(x, kernel)
     return y if bias is None else y + bias
 
 
@@ -273,7 +273,7 @@ def matmul(
     product = ft.partial(
         jnp.matmul, precision=precision, preferred_element_type=preferred_element_type
     )
-    return _rounded(product, formats)(x, y)
+    return rounded(product, formats)(x, y)
 
 
 def _einsum_rule(subscripts: str, x: Any, y: Any, **_: Any) -> Factors:
@@ -366,4 +366,4 @@ def einsum(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-    return _rounded(product, formats)(x, y)
+    return rounded(product, formats)(x, y)
