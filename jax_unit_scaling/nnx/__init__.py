@@ -1,5 +1,9 @@
 """Unit-scaled modules, drop-in for their `flax.nnx` namesakes."""
 
+from .conv import (
+    Conv as Conv,
+    ConvTranspose as ConvTranspose,
+)
 from .linear import (
     Embed as Embed,
     Linear as Linear,

@@ -17,23 +17,15 @@ from ..scale import scale_fwd
 from .linear import unit_normal
 
 
-class Conv(nnx.Conv):
-    """`flax.nnx.Conv` with unit-normal weights, computed by `conv`.
-
-    Takes the further arguments of `Linear`. Where there is a `mask`, the masked weights
-    are divided by its rms, so that their number does not change the scale; its values
-    must be known when the module is built.
-    """
+class _UnitScaled(nnx.Module):
+    """What both layers add to their namesake: construction, mask and promotion."""
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] | None = 1,
-        *,
-        feature_group_count: int = 1,
-        mask: jax.Array | None = None,
+        *strides: int | Sequence[int] | None,
         kernel_init: nnx.Initializer = unit_normal,
         kernel_metadata: Any = None,
         bias_metadata: Any = None,
@@ -43,17 +35,16 @@ class Conv(nnx.Conv):
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
-        fan_in = _window(kernel_size) * in_features // feature_group_count
-        super().__init__(
+        window = (kernel_size,) if isinstance(kernel_size, int) else kernel_size
+        groups = namesake.get("feature_group_count", 1)
+        role = role_metadata("weight", math.prod(window) * in_features // groups)
+        super().__init__(  # type: ignore[call-arg]
             in_features,
             out_features,
             kernel_size,
-            strides,
-            feature_group_count=feature_group_count,
-            mask=mask,
+            *strides,
             kernel_init=kernel_init,
-            kernel_metadata=role_metadata("weight", fan_in)
-            | dict(kernel_metadata or {}),
+            kernel_metadata=role | dict(kernel_metadata or {}),
             bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
             rngs=rngs,
             **namesake,
@@ -63,9 +54,40 @@ class Conv(nnx.Conv):
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
 
+    def _apply(self: Any, op: Any, inputs: jax.Array, **options: Any) -> jax.Array:
+        kernel = self.kernel[...]
+        if self.mask is not None:
+            kernel = scale_fwd(kernel * self.mask, self.mask_factor)
+        bias = None if self.bias is None else self.bias[...]
+        inputs, kernel, bias = self.promote_dtype(
+            (inputs, kernel, bias), dtype=self.dtype
+        )
+        return op(
+            inputs,
+            kernel,
+            bias,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            formats=self.formats,
+            constraint=self.constraint,
+            batch_axis_name=self.batch_axis_name,
+            **options,
+        )
+
+
+class Conv(_UnitScaled, nnx.Conv):
+    """`flax.nnx.Conv` with unit-normal weights, computed by `conv`.
+
+    Takes all arguments of its namesake and the further ones of `Linear`. A `mask` must
+    be known when the module is built: the masked weights are divided by its rms, so
+    that the scale does not depend on how many it leaves.
+    """
+
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        return _apply(
-            self,
+        return self._apply(
             conv,
             inputs,
             input_dilation=self.input_dilation,
@@ -75,56 +97,16 @@ class Conv(nnx.Conv):
         )
 
 
-class ConvTranspose(nnx.ConvTranspose):
+class ConvTranspose(_UnitScaled, nnx.ConvTranspose):
     """`flax.nnx.ConvTranspose` with unit-normal weights, computed by `conv_transpose`.
 
-    Takes the further arguments of `Conv`.
+    Takes all arguments of its namesake and the further ones of `Conv`.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] | None = None,
-        *,
-        mask: jax.Array | None = None,
-        kernel_init: nnx.Initializer = unit_normal,
-        kernel_metadata: Any = None,
-        bias_metadata: Any = None,
-        formats: Formats | None = None,
-        constraint: Constraint | None = to_output_scale,
-        batch_axis_name: AxisName | None = None,
-        rngs: nnx.Rngs,
-        **namesake: Any,
-    ):
-        fan_in = _window(kernel_size) * in_features
-        super().__init__(
-            in_features,
-            out_features,
-            kernel_size,
-            strides,
-            mask=mask,
-            kernel_init=kernel_init,
-            kernel_metadata=role_metadata("weight", fan_in)
-            | dict(kernel_metadata or {}),
-            bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
-            rngs=rngs,
-            **namesake,
-        )
-        self.mask_factor = _mask_factor(self)
-        self.formats = formats
-        self.constraint = constraint
-        self.batch_axis_name = batch_axis_name
-
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        return _apply(
-            self, conv_transpose, inputs, transpose_kernel=self.transpose_kernel
+        return self._apply(
+            conv_transpose, inputs, transpose_kernel=self.transpose_kernel
         )
-
-
-def _window(kernel_size: int | Sequence[int]) -> int:
-    return kernel_size if isinstance(kernel_size, int) else math.prod(kernel_size)
 
 
 def _mask_factor(layer: Any) -> float:
@@ -143,28 +125,3 @@ def _mask_factor(layer: Any) -> float:
             f"weights, got shape {mask.shape} with {np.count_nonzero(mask)} of them."
         )
     return float(np.mean(mask**2) ** -0.5)
-
-
-def _apply(layer: Any, op: Any, inputs: jax.Array, **options: Any) -> jax.Array:
-    """What both layers do: mask, promote, and one call into ops."""
-    kernel = layer.kernel[...]
-    if layer.mask is not None:
-        kernel = scale_fwd(kernel * layer.mask, layer.mask_factor)
-    bias = None if layer.bias is None else layer.bias[...]
-    inputs, kernel, bias = layer.promote_dtype(
-        (inputs, kernel, bias), dtype=layer.dtype
-    )
-    return op(
-        inputs,
-        kernel,
-        bias,
-        strides=layer.strides,
-        padding=layer.padding,
-        kernel_dilation=layer.kernel_dilation,
-        precision=layer.precision,
-        preferred_element_type=layer.preferred_element_type,
-        formats=layer.formats,
-        constraint=layer.constraint,
-        batch_axis_name=layer.batch_axis_name,
-        **options,
-    )

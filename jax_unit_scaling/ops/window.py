@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jax import lax
@@ -86,13 +87,11 @@ def pads_of(
         pads = lax.padtype_to_pads(sizes, spans, strides, padding)
         return [(int(low), int(high)) for low, high in pads]
     each = [padding] * len(sizes) if isinstance(padding, int | str) else padding
-    pairs = [(p, p) if isinstance(p, int) else tuple(p) for p in each]
-    if len(pairs) != len(sizes) or not all(
-        len(p) == 2 and isinstance(p[0], int) for p in pairs
-    ):
+    pairs: list[Any] = [(p, p) if isinstance(p, int) else tuple(p) for p in each]
+    if len(pairs) != len(sizes) or any(len(p) != 2 for p in pairs):
         raise ValueError(
             "`padding` must be one of the names of the function's docstring, an "
             f"integer, or an integer or a pair (low, high) for each of {len(sizes)} "
             f"spatial axes, got {padding!r}."
         )
-    return [(p[0], p[1]) for p in pairs]
+    return pairs
