@@ -70,8 +70,13 @@ from .ops.loss import (
     mse_loss as mse_loss,
 )
 from .ops.normalization import (
+    group_norm as group_norm,
     layer_norm as layer_norm,
     rms_norm as rms_norm,
+)
+from .ops.pooling import (
+    avg_pool as avg_pool,
+    max_pool as max_pool,
 )
 from .ops.residual import (
     residual_add as residual_add,

@@ -37,7 +37,7 @@ class Factors:
     bwd: Mapping[str, float]
 
 
-def factors_of_sum(terms: int, *, out: int, **inputs: int) -> Factors:
+def factors_of_sum(terms: float, *, out: int, **inputs: int) -> Factors:
     """The factors of a multilinear operation that multiplies and adds `terms` products.
 
     Each element of a tensor with `size` elements (the output in the forward pass, an

@@ -150,12 +150,17 @@ PLAIN = {
     "add": jnp.add,
     "conv": lambda *a, **k: _module(nnx.Conv, *a, **k),
     "conv_transpose": lambda *a, **k: _module(nnx.ConvTranspose, *a, **k),
+    "avg_pool": nnx.avg_pool,
+    "max_pool": nnx.max_pool,
     "softmax": lambda x, axis=-1, mult=1.0: jax.nn.softmax(x * mult, axis),
     "layer_norm": lambda x, scale=1.0, bias=0.0: (
         jax.nn.standardize(x, epsilon=1e-6) * scale + bias
     ),
     "rms_norm": lambda x, scale=1.0: (
         x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * scale
+    ),
+    "group_norm": lambda x, scale=1.0, bias=0.0, **k: (
+        nnx.GroupNorm(x.shape[-1], **k, rngs=nnx.Rngs(0))(x) * scale + bias
     ),
     "embedding": lambda table, ids: table[ids],
     "dot_product_attention": lambda q, k, v, is_causal=False, mult=1.0: (
