@@ -261,6 +261,67 @@ WRONG = {
         "`labels` must have",
     ),
     "targets": (lambda: jus.mse_loss(X, KERNEL), ValueError, "`targets` must have"),
+    "taps": (lambda: jus.conv(X, KERNEL), ValueError, r"`kernel` must be \[\*window"),
+    "channels": (
+        lambda: jus.conv(X, jnp.ones((3, 4, 16))),
+        ValueError,
+        "must take the 8 channels of `x`",
+    ),
+    "groups": (
+        lambda: jus.conv(X, jnp.ones((3, 4, 15)), feature_group_count=2),
+        ValueError,
+        "in 2 group",
+    ),
+    "conv bias": (
+        lambda: jus.conv(X, jnp.ones((3, 8, 4)), X[0]),
+        ValueError,
+        "`bias` must have the shape",
+    ),
+    "causal": (
+        lambda: jus.conv(X[None], jnp.ones((3, 3, 8, 4)), padding="CAUSAL"),
+        ValueError,
+        "needs one spatial axis, got 2",
+    ),
+    "padding": (
+        lambda: jus.conv_transpose(X, jnp.ones((3, 8, 4)), padding="REFLECT"),
+        ValueError,
+        "`padding` must be one of.*got 'REFLECT'",
+    ),
+    "pairs": (
+        lambda: jus.conv(X, jnp.ones((3, 8, 4)), padding=((1, 2), (3, 4))),
+        ValueError,
+        "pair .low, high. for each of 1",
+    ),
+    "dilated": (
+        lambda: jus.conv(X, jnp.ones((3, 8, 4)), input_dilation=2),
+        ValueError,
+        'padding` "SAME" has no meaning',
+    ),
+    "strides": (
+        lambda: jus.conv(X, jnp.ones((3, 8, 4)), strides=0),
+        ValueError,
+        "`strides` must be a positive integer",
+    ),
+    "window": (
+        lambda: jus.max_pool(X, (2, 2)),
+        ValueError,
+        r"`x` must be \[\*batch",
+    ),
+    "empty window": (
+        lambda: jus.avg_pool(X, (2,), padding=((2, 0),)),
+        ValueError,
+        "`padding` .* must be less than",
+    ),
+    "num_groups": (
+        lambda: jus.group_norm(X, num_groups=3),
+        ValueError,
+        "`num_groups` must divide the 8 channels",
+    ),
+    "group_size": (
+        lambda: jus.group_norm(X, group_size=2),
+        ValueError,
+        "pass one of `num_groups` and `group_size`",
+    ),
     "tau": (lambda: jus.residual_apply(jus.relu, X, tau=0.0), ValueError, "`tau` must"),
     "unconstrainable": (
         lambda: jus.layer_norm.constrained(None),

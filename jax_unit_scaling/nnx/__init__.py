@@ -11,7 +11,9 @@ from .linear import (
     LinearReadout as LinearReadout,
 )
 from .normalization import (
+    BatchNorm as BatchNorm,
     Dropout as Dropout,
+    GroupNorm as GroupNorm,
     LayerNorm as LayerNorm,
     RMSNorm as RMSNorm,
 )
