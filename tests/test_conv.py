@@ -56,7 +56,7 @@ def _layers(draw, name):
 
 
 @pytest.mark.parametrize("name", OPS)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_factors_count_the_products_and_the_layer_is_its_namesake_times_one(name, data):
     sizes, options, shape = data.draw(_layers(name))
