@@ -62,6 +62,10 @@ from .ops.contraction import (
     matmul as matmul,
     ragged_dot as ragged_dot,
 )
+from .ops.conv import (
+    conv as conv,
+    conv_transpose as conv_transpose,
+)
 from .ops.dropout import (
     dropout as dropout,
 )
@@ -80,8 +84,13 @@ from .ops.moe import (
     mixture_of_experts as mixture_of_experts,
 )
 from .ops.normalization import (
+    group_norm as group_norm,
     layer_norm as layer_norm,
     rms_norm as rms_norm,
+)
+from .ops.pooling import (
+    avg_pool as avg_pool,
+    max_pool as max_pool,
 )
 from .ops.recurrent import (
     gated as gated,

@@ -192,3 +192,17 @@ def softmax_moments(std: float, lengths: np.ndarray) -> SoftmaxMoments:
     others = n[:, 0] - 1
     gradient = square - 2 * cube + fourth + others * pair
     return SoftmaxMoments(square, np.maximum(gradient, 0.0))
+
+
+@ft.lru_cache(maxsize=1024)
+def max_moments(n: int) -> tuple[float, float]:
+    """The mean and the mean square of the largest of `n` independent standard normals.
+
+    Its density is n phi(z) Phi(z)^(n-1): smooth, and below 1e-30 at the ends up to
+    n = 1e9, so that the trapezoidal rule is exact to double precision.
+    """
+    z = np.arange(-12.0, 14.0, 2.0**-6)
+    below = np.array([math.erfc(-t / math.sqrt(2)) / 2 for t in z])
+    p = np.exp(-(z**2) / 2) * below ** (n - 1)
+    p /= p.sum()
+    return float(p @ z), float(p @ z**2)

@@ -37,7 +37,7 @@ class Factors:
     bwd: Mapping[str, float]
 
 
-def factors_of_sum(terms: int, *, out: int, **inputs: int) -> Factors:
+def factors_of_sum(terms: float, *, out: int, **inputs: int) -> Factors:
     """The factors of a multilinear operation that multiplies and adds `terms` products.
 
     Each element of a tensor with `size` elements (the output in the forward pass, an
@@ -192,7 +192,7 @@ class Op(Generic[P, R]):
         )
         # A parameter's cotangent is a sum over the batch, of which each member of the
         # named axes sees a piece: see "global batch" in DESIGN.md.
-        pieces = _axis_size(options.get("batch_axis_name"))
+        pieces = axis_size(options.get("batch_axis_name"))
         shared = {k: bwd[k] * pieces**-0.5 for k in self.parameters if k in bwd}
         return Factors(fwd, bwd | dict(zip(active, agreed, strict=True)) | shared)
 
@@ -214,7 +214,8 @@ def _shape_only(x: Any) -> Any:
     return x
 
 
-def _axis_size(names: AxisName | None) -> int:
+def axis_size(names: AxisName | None) -> int:
+    """How many pieces of the batch there are along the named axes."""
     if names is None:
         return 1
     return math.prod(map(lax.axis_size, (names,) if isinstance(names, str) else names))

@@ -22,10 +22,10 @@ def _rms(x):
 
 def _vjp(module, x):
     """Output and gradients for a unit-normal cotangent: of x, and of parameters."""
-    graph, params = nnx.split(module)
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
 
     def call(params, x):
-        return nnx.merge(graph, params)(x)
+        return nnx.merge(graph, params, rest, copy=True)(x)
 
     y, vjp = jax.vjp(jax.jit(call), params, x)
     grads, dx = vjp(_normal(99, *y.shape))
@@ -35,6 +35,10 @@ def _vjp(module, x):
 LAYERS = {
     "Linear": lambda **k: jus.nnx.Linear(128, 256, **k),
     "LinearGeneral": lambda **k: jus.nnx.LinearGeneral(128, (8, 16), **k),
+    "BatchNorm": lambda **k: jus.nnx.BatchNorm(128, **k),
+    "Conv": lambda **k: jus.nnx.Conv(128, 64, 2, **k),
+    "ConvTranspose": lambda **k: jus.nnx.ConvTranspose(128, 64, 2, **k),
+    "GroupNorm": lambda **k: jus.nnx.GroupNorm(128, **k | {"num_groups": 2}),
     "LayerNorm": lambda **k: jus.nnx.LayerNorm(128, **k),
     "RMSNorm": lambda **k: jus.nnx.RMSNorm(128, **k),
 }

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jax_unit_scaling as jus
 from jax_unit_scaling.op import OPS, Integers, Key, Zeros
@@ -122,6 +123,19 @@ def _turned(x, positions, base):
     return np.concatenate([z.real, z.imag], -1)
 
 
+def _module(cls, x, kernel, bias=None, *, transpose_kernel=False, **options):
+    """What a convolution of `flax.nnx` with these parameters computes."""
+    sizes = (kernel.shape[-1], kernel.shape[-2])[:: 1 if transpose_kernel else -1]
+    if transpose_kernel:
+        options["transpose_kernel"] = True
+    d_in = sizes[0] * options.get("feature_group_count", 1)
+    layer = cls(d_in, sizes[1], kernel.shape[:-2], rngs=nnx.Rngs(0), **options)
+    layer.kernel[...] = kernel
+    if bias is not None:
+        layer.bias[...] = bias
+    return layer(x)
+
+
 # The plain functions, stated again: a derived rule would follow any function.
 PLAIN = {
     "relu": jax.nn.relu,
@@ -154,12 +168,19 @@ PLAIN = {
     "sum": jnp.sum,
     "mean": jnp.mean,
     "gated": lambda x, gate, gate_fn=jax.nn.sigmoid: x * gate_fn(gate),
+    "conv": lambda *a, **k: _module(nnx.Conv, *a, **k),
+    "conv_transpose": lambda *a, **k: _module(nnx.ConvTranspose, *a, **k),
+    "avg_pool": nnx.avg_pool,
+    "max_pool": nnx.max_pool,
     "softmax": lambda x, axis=-1, mult=1.0: jax.nn.softmax(x * mult, axis),
     "layer_norm": lambda x, scale=1.0, bias=0.0: (
         jax.nn.standardize(x, epsilon=1e-6) * scale + bias
     ),
     "rms_norm": lambda x, scale=1.0: (
         x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * scale
+    ),
+    "group_norm": lambda x, scale=1.0, bias=0.0, **k: (
+        nnx.GroupNorm(x.shape[-1], **k, rngs=nnx.Rngs(0))(x) * scale + bias
     ),
     "embedding": lambda table, ids: table[ids],
     "dot_product_attention": lambda q, k, v, is_causal=False, mult=1.0: (
@@ -318,6 +339,67 @@ WRONG = {
     ),
     "delta": (lambda: jus.huber_loss(X, X, delta=0.0), ValueError, "`delta` must be"),
     "targets": (lambda: jus.mse_loss(X, KERNEL), ValueError, "`targets` must have"),
+    "taps": (lambda: jus.conv(X, KERNEL), ValueError, r"`kernel` must be \[\*window"),
+    "channels": (
+        lambda: jus.conv(X, jnp.ones((3, 4, 16))),
+        ValueError,
+        "must take the 8 channels of `x`",
+    ),
+    "conv groups": (
+        lambda: jus.conv(X, jnp.ones((3, 4, 15)), feature_group_count=2),
+        ValueError,
+        "in 2 group",
+    ),
+    "conv bias": (
+        lambda: jus.conv(X, jnp.ones((3, 8, 4)), X[0]),
+        ValueError,
+        "`bias` must have the shape",
+    ),
+    "causal": (
+        lambda: jus.conv(X[None], jnp.ones((3, 3, 8, 4)), padding="CAUSAL"),
+        ValueError,
+        "needs one spatial axis, got 2",
+    ),
+    "padding": (
+        lambda: jus.conv_transpose(X, jnp.ones((3, 8, 4)), padding="REFLECT"),
+        ValueError,
+        "`padding` must be one of.*got 'REFLECT'",
+    ),
+    "pairs": (
+        lambda: jus.conv(X, jnp.ones((3, 8, 4)), padding=((1, 2), (3, 4))),
+        ValueError,
+        "pair .low, high. for each of 1",
+    ),
+    "dilated": (
+        lambda: jus.conv(X, jnp.ones((3, 8, 4)), input_dilation=2),
+        ValueError,
+        'padding` "SAME" has no meaning',
+    ),
+    "strides": (
+        lambda: jus.conv(X, jnp.ones((3, 8, 4)), strides=0),
+        ValueError,
+        "`strides` must be a positive integer",
+    ),
+    "window": (
+        lambda: jus.max_pool(X, (2, 2)),
+        ValueError,
+        r"`x` must be \[\*batch",
+    ),
+    "empty window": (
+        lambda: jus.avg_pool(X, (2,), padding=((2, 0),)),
+        ValueError,
+        "`padding` .* must be less than",
+    ),
+    "num_groups": (
+        lambda: jus.group_norm(X, num_groups=3),
+        ValueError,
+        "`num_groups` must divide the 8 channels",
+    ),
+    "group_size": (
+        lambda: jus.group_norm(X, group_size=2),
+        ValueError,
+        "pass one of `num_groups` and `group_size`",
+    ),
     "tau": (lambda: jus.residual_apply(jus.relu, X, tau=0.0), ValueError, "`tau` must"),
     "share": (
         lambda: jus.fixed_residual_rule(share=1.0),

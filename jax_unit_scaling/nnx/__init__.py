@@ -1,5 +1,9 @@
 """Unit-scaled modules, drop-in for their `flax.nnx` namesakes."""
 
+from .conv import (
+    Conv as Conv,
+    ConvTranspose as ConvTranspose,
+)
 from .convert import (
     convert as convert,
 )
@@ -22,7 +26,9 @@ from .moe import (
     MoE as MoE,
 )
 from .normalization import (
+    BatchNorm as BatchNorm,
     Dropout as Dropout,
+    GroupNorm as GroupNorm,
     LayerNorm as LayerNorm,
     RMSNorm as RMSNorm,
 )

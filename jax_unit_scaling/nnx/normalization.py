@@ -1,15 +1,18 @@
 """Norms and dropout, drop-in for their `flax.nnx` namesakes."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..op import AxisName
+from ..op import AxisName, axis_size
 from ..ops.dropout import dropout
-from ..ops.normalization import layer_norm, rms_norm
+from ..ops.normalization import group_norm, layer_norm, rms_norm
 from ..parameters import role_metadata
+from ..scale import scaled
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -78,6 +81,102 @@ class RMSNorm(nnx.RMSNorm):
         )
 
 
+class GroupNorm(nnx.GroupNorm):
+    """`flax.nnx.GroupNorm` of [batch, ..., channels], computed by `group_norm`."""
+
+    def __init__(
+        self,
+        num_features: int,
+        *groups: int | None,
+        scale_metadata: Any = None,
+        bias_metadata: Any = None,
+        batch_axis_name: AxisName | None = None,
+        rngs: nnx.Rngs,
+        **namesake: Any,
+    ):
+        super().__init__(
+            num_features,
+            *groups,
+            scale_metadata=role_metadata("norm") | dict(scale_metadata or {}),
+            bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
+            rngs=rngs,
+            **namesake,
+        )
+        _check_axis_name(self)
+        if self.reduction_axes is not None:
+            raise ValueError(
+                "`reduction_axes` must be None, every axis but the first, got "
+                f"{self.reduction_axes}: reshape the input to one batch axis."
+            )
+        self.batch_axis_name = batch_axis_name
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        _check_mask(mask)
+        x, scale, bias = self.promote_dtype(
+            (x, _value(self.scale), _value(self.bias)), dtype=self.dtype
+        )
+        return group_norm(
+            x,
+            scale,
+            bias,
+            num_groups=self.num_groups,
+            epsilon=self.epsilon,
+            batch_axis_name=self.batch_axis_name,
+        )
+
+
+class BatchNorm(nnx.BatchNorm):
+    """`flax.nnx.BatchNorm`, whose output has unit scale already.
+
+    Factors: 1 forward and for the input, batch^-1/2 for gain and bias, with all axes
+    but the channels' in the batch. `axis_name` gathers the statistics of several
+    devices, as ever; name the axes that split the batch in `batch_axis_name` as well.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        scale_metadata: Any = None,
+        bias_metadata: Any = None,
+        batch_axis_name: AxisName | None = None,
+        rngs: nnx.Rngs,
+        **namesake: Any,
+    ):
+        super().__init__(
+            num_features,
+            scale_metadata=role_metadata("norm") | dict(scale_metadata or {}),
+            bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
+            rngs=rngs,
+            **namesake,
+        )
+        self.promote_dtype = _PromoteAndScale(self.promote_dtype, batch_axis_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PromoteAndScale:
+    """`promote_dtype`, and then the backward factors of gain and bias: here Flax hands
+    out all arrays before it uses them."""
+
+    promote_dtype: Callable[..., Any]
+    batch_axis_name: AxisName | None
+
+    def __call__(self, arrays: Any, /, **options: Any) -> Any:
+        x, mean, var, *affine = self.promote_dtype(arrays, **options)
+        batch = max(x.size // mean.size, 1) * axis_size(self.batch_axis_name)
+        # float32, as the statistics: float16 could not hold a sum over the batch.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return (
+            x,
+            mean,
+            var,
+            *(
+                None if p is None else scaled(p.astype(wide), bwd=batch**-0.5)
+                for p in affine
+            ),
+        )
+
+
 class Dropout(nnx.Dropout):
     """`flax.nnx.Dropout`, computed by `dropout`: keeps the scale, not the mean."""
 
@@ -116,10 +215,12 @@ def _check_axes(norm: Any) -> None:
             raise ValueError(
                 f"`{name}` must be -1, the last axis, got {getattr(norm, name)}."
             )
+    _check_axis_name(norm)
+
+
+def _check_axis_name(norm: Any) -> None:
     if norm.axis_name is not None:
-        raise ValueError(
-            "`axis_name` must be None: statistics are over one example's last axis."
-        )
+        raise ValueError("`axis_name` must be None: statistics are over one example.")
 
 
 def _check_mask(mask: jax.Array | None) -> None:

@@ -22,20 +22,20 @@ DotDimensionNumbers = tuple[
 ]
 
 
-def _rounded(
+def rounded(
     product: Callable[[Array, Array], Array], formats: Formats | None
 ) -> Callable[[Array, Array], Array]:
     """The product of operands, and of cotangents, rounded to `formats`."""
     if formats is None:
         return product
 
-    def rounded(lhs: Array, rhs: Array) -> Array:
+    def of_rounded(lhs: Array, rhs: Array) -> Array:
         if formats.fwd is not None:
             lhs, rhs = (quantize_fwd(x, formats.fwd) for x in (lhs, rhs))
         y = product(lhs, rhs)
         return y if formats.bwd is None else quantize_bwd(y, formats.bwd)
 
-    return rounded
+    return of_rounded
 
 
 def _dot_general_rule(
@@ -97,7 +97,7 @@ def dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, **keywords
         )
 
-    return _rounded(product, formats)(lhs, rhs)
+    return rounded(product, formats)(lhs, rhs)
 
 
 def _linear_rule(
@@ -171,7 +171,7 @@ def linear(
     numbers = ((axes, tuple(range(len(axes)))), ((), ()))
     options = _options(precision, preferred_element_type, out_sharding)
     product = ft.partial(dot_general, dimension_numbers=numbers, **options)
-    y = _rounded(product, formats)(x, kernel)
+    y = rounded(product, formats)(x, kernel)
     return y if bias is None else y + bias
 
 
@@ -280,7 +280,7 @@ def matmul(
     product = ft.partial(
         jnp.matmul, precision=precision, preferred_element_type=preferred_element_type
     )
-    return _rounded(product, formats)(x, y)
+    return rounded(product, formats)(x, y)
 
 
 def _einsum_rule(subscripts: str, x: Any, y: Any, **_: Any) -> Factors:
@@ -373,7 +373,7 @@ def einsum(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-    return _rounded(product, formats)(x, y)
+    return rounded(product, formats)(x, y)
 
 
 def _einsum_linear_rule(
@@ -428,7 +428,7 @@ def einsum_linear(
     (its size / the output's)^1/2.
     """
     options = _options(precision, preferred_element_type, out_sharding)
-    y = _rounded(ft.partial(einsum, subscripts, **options), formats)(x, kernel)
+    y = rounded(ft.partial(einsum, subscripts, **options), formats)(x, kernel)
     return y if bias is None else y + bias
 
 
@@ -499,4 +499,4 @@ def ragged_dot(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-    return _rounded(product, formats)(lhs, rhs)
+    return rounded(product, formats)(lhs, rhs)

@@ -75,6 +75,69 @@ def rms_norm(
     return _normalise(wide, x, scale, epsilon)
 
 
+def _group_norm_rule(
+    x: Any,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    num_groups: int | None,
+    group_size: int | None,
+    **_: Any,
+) -> Factors:
+    _groups(x, num_groups, group_size)
+    return _norm_rule(x, scale, bias)
+
+
+def _groups(x: Any, num_groups: int | None, group_size: int | None) -> int:
+    if len(x.shape) < 2:
+        raise ValueError(f"`x` must be [batch, ..., channels], got shape {x.shape}.")
+    if (num_groups is None) == (group_size is None):
+        raise ValueError(
+            "pass one of `num_groups` and `group_size`, with `num_groups=None` for the "
+            f"second, got {num_groups} and {group_size}."
+        )
+    channels, divisor = x.shape[-1], num_groups or group_size or 0
+    if divisor < 1 or channels % divisor:
+        name = "num_groups" if num_groups is not None else "group_size"
+        raise ValueError(
+            f"`{name}` must divide the {channels} channels of `x`, got {divisor}."
+        )
+    return num_groups or channels // divisor
+
+
+# As above, n being the positions of an example times the channels of a group.
+@scaled_op(
+    rule=_group_norm_rule,
+    parameters=("scale", "bias"),
+    cases=(
+        case((16, 4, 5, 64), num_groups=4),
+        case((4, 8, 4096), (4096,), Zeros((4096,)), num_groups=None, group_size=128),
+    ),
+)
+def group_norm(
+    x: Float[Array, "batch *spatial channels"],
+    scale: Float[Array, " channels"] | None = None,
+    bias: Float[Array, " channels"] | None = None,
+    *,
+    num_groups: int | None = 32,
+    group_size: int | None = None,
+    epsilon: float = 1e-6,
+    batch_axis_name: AxisName | None = None,
+) -> Float[Array, "batch *spatial channels"]:
+    """Unit-scaled group norm, over the positions of an example and a group's channels.
+
+    Statistics in float32 at least. There are `num_groups`, or groups of `group_size`
+    channels. Factors as `layer_norm`, the positions being part of the batch: 1 forward
+    and for `x`, (batch positions)^-1/2 for `scale` and `bias`.
+    """
+    groups = _groups(x, num_groups, group_size)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    grouped = wide.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    centred = grouped - grouped.mean((1, 3), keepdims=True)
+    y = centred * lax.rsqrt(jnp.mean(centred**2, (1, 3), keepdims=True) + epsilon)
+    return _affine(y.reshape(x.shape), x, scale, bias)
+
+
 def _normalise(
     wide: Array,
     x: Array,
@@ -83,6 +146,10 @@ def _normalise(
     bias: Array | None = None,
 ) -> Array:
     y = wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon)
+    return _affine(y, x, scale, bias)
+
+
+def _affine(y: Array, x: Array, scale: Array | None, bias: Array | None) -> Array:
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
     return y.astype(jnp.result_type(x, *(p for p in (scale, bias) if p is not None)))

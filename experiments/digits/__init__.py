@@ -1,0 +1,1 @@
+"""Handwritten digits: a residual network of convolutions, regular and unit-scaled."""

@@ -1,0 +1,127 @@
+"""Convolutions, drop-in for their `flax.nnx` namesakes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ..constraints import Constraint, to_output_scale
+from ..formats import Formats
+from ..op import AxisName
+from ..ops.conv import conv, conv_transpose
+from ..parameters import role_metadata
+from ..scale import scale_fwd
+from .linear import unit_normal
+
+
+class _UnitScaled(nnx.Module):
+    """What both layers add to their namesake: construction, mask and promotion."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        *strides: int | Sequence[int] | None,
+        kernel_init: nnx.Initializer = unit_normal,
+        kernel_metadata: Any = None,
+        bias_metadata: Any = None,
+        formats: Formats | None = None,
+        constraint: Constraint | None = to_output_scale,
+        batch_axis_name: AxisName | None = None,
+        rngs: nnx.Rngs,
+        **namesake: Any,
+    ):
+        window = (kernel_size,) if isinstance(kernel_size, int) else kernel_size
+        groups = namesake.get("feature_group_count", 1)
+        role = role_metadata("weight", math.prod(window) * in_features // groups)
+        super().__init__(  # type: ignore[call-arg]
+            in_features,
+            out_features,
+            kernel_size,
+            *strides,
+            kernel_init=kernel_init,
+            kernel_metadata=role | dict(kernel_metadata or {}),
+            bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
+            rngs=rngs,
+            **namesake,
+        )
+        self.mask_factor = _mask_factor(self)
+        self.formats = formats
+        self.constraint = constraint
+        self.batch_axis_name = batch_axis_name
+
+    def _apply(self: Any, op: Any, inputs: jax.Array, **options: Any) -> jax.Array:
+        kernel = self.kernel[...]
+        if self.mask is not None:
+            kernel = scale_fwd(kernel * self.mask, self.mask_factor)
+        bias = None if self.bias is None else self.bias[...]
+        inputs, kernel, bias = self.promote_dtype(
+            (inputs, kernel, bias), dtype=self.dtype
+        )
+        return op(
+            inputs,
+            kernel,
+            bias,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            formats=self.formats,
+            constraint=self.constraint,
+            batch_axis_name=self.batch_axis_name,
+            **options,
+        )
+
+
+class Conv(_UnitScaled, nnx.Conv):
+    """`flax.nnx.Conv` with unit-normal weights, computed by `conv`.
+
+    Takes all arguments of its namesake and the further ones of `Linear`. A `mask` must
+    be known when the module is built: the masked weights are divided by its rms, so
+    that the scale does not depend on how many it leaves.
+    """
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return self._apply(
+            conv,
+            inputs,
+            input_dilation=self.input_dilation,
+            feature_group_count=self.feature_group_count,
+            conv_general_dilated=self.conv_general_dilated,
+            out_sharding=out_sharding,
+        )
+
+
+class ConvTranspose(_UnitScaled, nnx.ConvTranspose):
+    """`flax.nnx.ConvTranspose` with unit-normal weights, computed by `conv_transpose`.
+
+    Takes all arguments of its namesake and the further ones of `Conv`.
+    """
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return self._apply(
+            conv_transpose, inputs, transpose_kernel=self.transpose_kernel
+        )
+
+
+def _mask_factor(layer: Any) -> float:
+    """What gives the masked kernel the rms 1."""
+    if layer.mask is None:
+        return 1.0
+    if isinstance(layer.mask, jax.core.Tracer):
+        raise ValueError(
+            "`mask` must be known when the module is built, as the scale depends on "
+            "it: make it with numpy, outside of `jit`."
+        )
+    mask = np.asarray(layer.mask, np.float64)
+    if mask.shape != layer.kernel_shape or not mask.any():
+        raise ValueError(
+            f"`mask` must have the kernel's shape {layer.kernel_shape} and leave some "
+            f"weights, got shape {mask.shape} with {np.count_nonzero(mask)} of them."
+        )
+    return float(np.mean(mask**2) ** -0.5)
