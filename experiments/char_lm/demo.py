@@ -43,8 +43,8 @@ class DemoConfig:
     batch: int = 8
     length: int = 128
     seed: int = 0
-    regular_learning_rate: float = 2.0**-7
-    unit_learning_rate: float = 0.5
+    regular_learning_rate: float = 2.0**-8
+    unit_learning_rate: float = 2.0
 
 
 def demo(config: DemoConfig) -> list[dict[str, Any]]:
@@ -87,23 +87,23 @@ def run_config(
     )
 
 
-def _draw_losses(runs: list[TrainConfig], path: Path) -> None:
+def label_and_style(
+    parametrisation: Parametrisation, precision: Precision
+) -> tuple[str, dict[str, Any]]:
+    """How a kind of run is named and drawn: its model's colour, its precision's dash."""
     dashes = {"float32": "-", "fp8": "--", "float16": ":"}
     colours = {"regular": "C0", "unit": "C1"}
+    style = {"linestyle": dashes[precision], "color": colours[parametrisation]}
+    return f"{NAMES[parametrisation]}, {PRECISIONS.get(precision, precision)}", style
+
+
+def _draw_losses(runs: list[TrainConfig], path: Path) -> None:
     lines, styles = {}, {}
     for run in runs:
-        model = run.model
-        precision = PRECISIONS.get(model.precision, model.precision)
-        label = f"{NAMES[model.parametrisation]}, {precision}"
-        lines[label] = [
-            (r["step"], r["loss_bits"])
-            for r in read_metrics(run.out)
-            if "loss_bits" in r
-        ]
-        styles[label] = {
-            "linestyle": dashes[model.precision],
-            "color": colours[model.parametrisation],
-        }
+        label, style = label_and_style(run.model.parametrisation, run.model.precision)
+        records = [r for r in read_metrics(run.out) if "loss_bits" in r]
+        lines[label] = [(r["step"], r["loss_bits"]) for r in records]
+        styles[label] = style
     figure = analysis.curves(
         lines, x="step", y="training loss (bits per character)", styles=styles
     )

@@ -19,7 +19,7 @@ from rich.progress import track
 
 from jax_unit_scaling import analysis
 
-from .demo import RUNS, DemoConfig, run_config
+from .demo import NAMES, PRECISIONS, RUNS, DemoConfig, label_and_style, run_config
 from .model import Parametrisation, Precision
 from .train import TrainConfig, train
 
@@ -37,6 +37,9 @@ class SweepConfig:
     seeds: int = 3
     workers: int = 1
     """Processes; on a GPU several need XLA_PYTHON_CLIENT_PREALLOCATE=false."""
+
+
+Kind = tuple[Parametrisation, Precision]
 
 
 class Point(NamedTuple):
@@ -82,20 +85,24 @@ def sweep(config: SweepConfig) -> list[Point]:
     out = config.demo.out
     (out / "sweep.json").write_text(json.dumps([p._asdict() for p in points], indent=1))
     Console().print(analysis.table(_rows(kinds, points)))
+    _draw(kinds, points, out / "sweep.png")
+    return points
+
+
+def _draw(kinds: list[Kind], points: list[Point], path: Path) -> None:
+    lines, styles = {}, {}
+    for kind in kinds:
+        label, style = label_and_style(*kind)
+        lines[label] = [(p.log2_rate, p.mean) for p in points if p[:2] == kind]
+        styles[label] = style | {"marker": "o", "markersize": 3}
     figure = analysis.curves(
-        {
-            f"{parametrisation}, {precision}": [
-                (p.log2_rate, p.mean)
-                for p in points
-                if p[:2] == (parametrisation, precision)
-            ]
-            for parametrisation, precision in kinds
-        },
+        lines,
         x="log2 learning rate",
         y="validation bits per character, mean of seeds",
+        styles=styles,
     )
-    figure.savefig(out / "sweep.png", dpi=120)
-    return points
+    figure.savefig(path, dpi=120)
+    print(f"drew {path}: validation loss against learning rate")
 
 
 def _run(
@@ -114,17 +121,15 @@ def _valid_bits(run: TrainConfig) -> float:
     return train(run, progress=False)["valid_bits"]
 
 
-def _rows(
-    kinds: list[tuple[Parametrisation, Precision]], points: list[Point]
-) -> list[dict[str, Any]]:
+def _rows(kinds: list[Kind], points: list[Point]) -> list[dict[str, Any]]:
     """The best rate of each kind of run."""
     rows = []
     for kind in kinds:
         best = min((p for p in points if p[:2] == kind), key=lambda p: p.mean)
         rows.append(
             {
-                "model": best.parametrisation,
-                "precision": best.precision,
+                "model": NAMES[best.parametrisation],
+                "precision": PRECISIONS.get(best.precision, best.precision),
                 "best learning rate": f"2^{best.log2_rate}",
                 "valid. bits per character": f"{best.mean:.3f}",
                 "spread of seeds": f"{best.spread:.3f}",
