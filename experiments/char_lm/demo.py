@@ -90,7 +90,7 @@ def run_config(
 def label_and_style(
     parametrisation: Parametrisation, precision: Precision
 ) -> tuple[str, dict[str, Any]]:
-    """How a kind of run is named and drawn: its model's colour, its precision's dash."""
+    """How a kind of run is named and drawn: colour by model, dash by precision."""
     dashes = {"float32": "-", "fp8": "--", "float16": ":"}
     colours = {"regular": "C0", "unit": "C1"}
     style = {"linestyle": dashes[precision], "color": colours[parametrisation]}
