@@ -104,13 +104,19 @@ def test_the_largest_of_normals(n, mean, square):
     np.testing.assert_allclose(max_moments(n), (mean, square), atol=1e-12)
 
 
-def test_formats_round_the_operands_and_the_cotangent():
-    x, kernel, g = _normal(0, 4, 9, 8), _normal(1, 3, 8, 8), _normal(2, 4, 9, 8)
-    _, vjp = jax.vjp(lambda *a: jus.conv(*a, formats=jus.SIMULATED_FP8), x, kernel)
-    rounded = [jus.quantize(a, jus.E4M3) for a in (x, kernel)]
-    _, of_rounded = jax.vjp(jus.conv, *rounded)
+@pytest.mark.parametrize("name", OPS)
+def test_formats_round_the_operands_and_the_cotangent(name):
+    layer = getattr(jus.nnx, name)(
+        8, 8, 3, use_bias=False, formats=jus.SIMULATED_FP8, rngs=nnx.Rngs(0)
+    )
+    graph, params = nnx.split(layer)
+    x, g = _normal(0, 4, 9, 8), _normal(2, 4, 9, 8)
+    _, vjp = jax.vjp(lambda p, x: nnx.merge(graph, p)(x), params, x)
+    (dkernel,), dx = map(jax.tree.leaves, vjp(g))
+    rounded = [jus.quantize(a, jus.E4M3) for a in (x, layer.kernel[...])]
+    _, of_rounded = jax.vjp(OPS[name], *rounded)
     want = of_rounded(jus.quantize(g, jus.E5M2))
-    for a, b in zip(vjp(g), want, strict=True):
+    for a, b in zip((*dx, dkernel), want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 

@@ -43,7 +43,7 @@ class DigitsConfig:
     seeds: int = 3
     """Runs of each kind, from seed 0; a seed chooses split, batches and parameters."""
     regular_learning_rate: float = 2.0**-7
-    unit_learning_rate: float = 2.0**-2
+    unit_learning_rate: float = 1.0
 
 
 class ResNet(nnx.Module):
@@ -63,7 +63,15 @@ class ResNet(nnx.Module):
         conv = ft.partial(
             layers.Conv, kernel_size=(3, 3), use_bias=False, rngs=rngs, **rounding
         )
-        norm = ft.partial(layers.GroupNorm, num_groups=None, group_size=8, rngs=rngs)
+        # A gain's learning rate would not be that of the weights (u-muP, section 3).
+        norm = ft.partial(
+            layers.GroupNorm,
+            num_groups=None,
+            group_size=8,
+            use_scale=False,
+            use_bias=False,
+            rngs=rngs,
+        )
         widths = [config.width] * config.depth + [2 * config.width] * config.depth
         self.stem = conv(1, config.width)
         self.down = conv(config.width, 2 * config.width, strides=2)
