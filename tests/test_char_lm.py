@@ -149,6 +149,7 @@ def test_a_folder_of_another_run_is_refused(folder):
         train(config)
 
 
+@pytest.mark.slow
 def test_the_demo_compares_six_runs_and_draws_them(folder, capsys):
     config = DemoConfig(
         out=folder / "demo",
@@ -166,6 +167,7 @@ def test_the_demo_compares_six_runs_and_draws_them(folder, capsys):
     assert "gap to float32" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_sweep_finds_the_best_rate(folder, capsys):
     demo = DemoConfig(
         folder / "sweep", folder, steps=12, width=32, depth=1, batch=2, length=16

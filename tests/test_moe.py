@@ -301,7 +301,7 @@ def _train(formats, steps=50):
     schedule = optax.warmup_cosine_decay_schedule(0, 0.3, 10, steps)
     optimiser = optax.chain(
         optax.scale_by_adam(0.9, 0.98),
-        jus.optim.scale_by_umup(params),
+        jus.optim.scale_by_umup(),
         optax.scale_by_learning_rate(schedule),
     )
     starts = jax.random.randint(
