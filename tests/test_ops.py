@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jax_unit_scaling as jus
 from jax_unit_scaling.op import OPS, Integers, Key, Zeros
@@ -122,6 +123,18 @@ def _turned(x, positions, base):
     return np.concatenate([z.real, z.imag], -1)
 
 
+def _attention(q, k, v, mask=None, bias=None, _=None, key=None, mult=1.0, **options):
+    """Attention by JAX, and by Flax (which divides by the root) where weights drop."""
+    if "dropout_rate" in options:
+        q = q * mult / q.shape[-1] ** 0.5
+        return nnx.dot_product_attention(
+            q, k, v, bias, mask, dropout_rng=key, **options
+        )
+    scale = mult / q.shape[-1]
+    mask = None if mask is None else jnp.reshape(mask, (1, 1, 1, -1))
+    return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, **options)
+
+
 # The plain functions, stated again: a derived rule would follow any function.
 PLAIN = {
     "relu": jax.nn.relu,
@@ -154,11 +167,7 @@ PLAIN = {
         x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * scale
     ),
     "embedding": lambda table, ids: table[ids],
-    "dot_product_attention": lambda q, k, v, is_causal=False, mult=1.0: (
-        jax.nn.dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=mult / q.shape[-1]
-        )
-    ),
+    "dot_product_attention": _attention,
     "rotary": lambda x, positions=None, base=1e4: _turned(x, positions, base),
     "dropout": lambda x, key, rate: jnp.where(
         jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0
@@ -217,6 +226,7 @@ def test_float16_sums_over_a_large_batch_do_not_overflow():
 
 
 X, KERNEL = jnp.ones((4, 8)), jnp.ones((8, 16))
+Q, KV = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 6, 4, 8))
 WRONG = {
     "kernel": (lambda: jus.linear(X, KERNEL.T), ValueError, "`kernel` must begin"),
     "bias": (lambda: jus.linear(X, KERNEL, X[0]), ValueError, "`bias` must have"),
@@ -246,6 +256,51 @@ WRONG = {
         lambda: jus.dot_product_attention(X, X, X),
         ValueError,
         "must be ",
+    ),
+    "heads": (
+        lambda: jus.dot_product_attention(Q, KV, KV[..., :2, :]),
+        ValueError,
+        "a multiple of theirs",
+    ),
+    "mask": (
+        lambda: jus.dot_product_attention(Q, KV, KV, jnp.ones((4, 7), bool)),
+        ValueError,
+        r"`mask` must be broadcastable to \(2, 4, 5, 6\)",
+    ),
+    "additive mask": (
+        lambda: jus.dot_product_attention(Q, KV, KV, jnp.ones((5, 6))),
+        TypeError,
+        "as `bias`",
+    ),
+    "attention bias": (
+        lambda: jus.dot_product_attention(Q, KV, KV, None, jnp.ones((3, 2, 4, 5, 6))),
+        ValueError,
+        "`bias` must be broadcastable",
+    ),
+    "query positions": (
+        lambda: jus.dot_product_attention(Q, KV, KV, None, None, jnp.arange(6)),
+        ValueError,
+        "`query_positions` must be broadcastable",
+    ),
+    "window": (
+        lambda: jus.dot_product_attention(Q, KV, KV, local_window_size=(-1, 2)),
+        ValueError,
+        "`local_window_size` must be one or two",
+    ),
+    "empty window": (
+        lambda: jus.dot_product_attention(KV, Q[:, :2], Q[:, :2], local_window_size=2),
+        ValueError,
+        "`local_window_size` must leave",
+    ),
+    "length": (
+        lambda: jus.dot_product_attention(Q, KV, KV, length=0),
+        ValueError,
+        "`length` must be 1",
+    ),
+    "dropout without a key": (
+        lambda: jus.dot_product_attention(Q, KV, KV, dropout_rate=0.1),
+        ValueError,
+        "with a `dropout_key`",
     ),
     "positions": (
         lambda: jus.rotary(jnp.ones((3, 2, 8)), jnp.arange(4)),
