@@ -254,6 +254,13 @@ def test_attention_passes_metadata_on_and_knows_the_roles():
     assert isinstance(module.key_ln, jus.nnx.LayerNorm)
 
 
+def test_precision_reaches_every_product():
+    graph, params = nnx.split(_attention(precision="highest"))
+    call = jax.make_jaxpr(lambda p, x: nnx.merge(graph, p)(x))
+    text = str(call(params, jnp.ones((1, 3, 8))))
+    assert text.count("dot_general[") == 6 == text.count("precision=(Precision.HIGHEST")
+
+
 def test_attention_of_your_own_is_called_as_by_the_namesake():
     def attention(query, key, value, *, module, mask, **_):
         assert module is own and key.shape[-3] == mask.shape[-1] == 3
