@@ -95,7 +95,7 @@ class Op(Generic[P, R]):
     Attributes:
         fn: the plain maths. Its signature is the operation's; of its keywords
             `constraint` and `batch_axis_name` concern factors and never reach it. An
-            argument `bias` is a parameter that it adds, last, to the rest.
+            parameter `bias` is one that it adds, last, to the rest.
         rule: gives the ideal `Factors` from the arguments, with each array replaced by
             a `jax.ShapeDtypeStruct`; it also checks them.
         parameters: the arguments that are parameters.
@@ -133,14 +133,14 @@ class Op(Generic[P, R]):
         }
         dtype = jnp.result_type(*inputs.values())
         half = dtype == jnp.float16
-        bias = inputs.pop("bias", None)
+        bias = inputs.pop("bias", None) if "bias" in self.parameters else None
         # A sum over a batch passes float16's largest number, 65504, before a factor
         # could bring it back. So the smallest factor multiplies the cotangent first.
         common = min(factors.bwd[name] for name in inputs) if half else 1.0
         for name, x in inputs.items():
             x = scaled(x, bwd=factors.bwd[name] / common)
             arguments[name] = x.astype(jnp.float32) if self._widens(half) else x
-        if "bias" in arguments:
+        if bias is not None:
             arguments["bias"] = None
         # An option of lax's own signatures, in which it may be positional.
         given = arguments if "preferred_element_type" in arguments else options

@@ -56,7 +56,12 @@ def test_layers_have_unit_scale_forward_and_backward(name):
         np.testing.assert_allclose(_rms(grad), 1, atol=0.25, err_msg=str(path))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+NAMESAKES = LAYERS | {
+    "MultiHeadAttention": lambda **k: jus.nnx.MultiHeadAttention(4, 128, **k)
+}
+
+
+@pytest.mark.parametrize("name", NAMESAKES)
 def test_layers_take_every_argument_of_their_namesake(name):
     namesake = inspect.signature(getattr(nnx, name).__init__).parameters
     defaults = {
@@ -64,7 +69,7 @@ def test_layers_take_every_argument_of_their_namesake(name):
         for k, p in namesake.items()
         if p.default is not inspect.Parameter.empty and not k.endswith("_init")
     }
-    module = LAYERS[name](rngs=nnx.Rngs(0), **defaults)
+    module = NAMESAKES[name](rngs=nnx.Rngs(0), **defaults)
     assert module(_normal(0, 4, 128)).shape[0] == 4
     for path, value in nnx.iter_graph(module):
         if isinstance(value, nnx.Param) and path:

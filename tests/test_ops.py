@@ -136,6 +136,18 @@ def _module(cls, x, kernel, bias=None, *, transpose_kernel=False, **options):
     return layer(x)
 
 
+def _attention(q, k, v, mask=None, bias=None, _=None, key=None, mult=1.0, **options):
+    """Attention by JAX, and by Flax (which divides by the root) where weights drop."""
+    if "dropout_rate" in options:
+        q = q * mult / q.shape[-1] ** 0.5
+        return nnx.dot_product_attention(
+            q, k, v, bias, mask, dropout_rng=key, **options
+        )
+    scale = mult / q.shape[-1]
+    mask = None if mask is None else jnp.reshape(mask, (1, 1, 1, -1))
+    return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, **options)
+
+
 # The plain functions, stated again: a derived rule would follow any function.
 PLAIN = {
     "relu": jax.nn.relu,
@@ -183,11 +195,7 @@ PLAIN = {
         nnx.GroupNorm(x.shape[-1], **k, rngs=nnx.Rngs(0))(x) * scale + bias
     ),
     "embedding": lambda table, ids: table[ids],
-    "dot_product_attention": lambda q, k, v, is_causal=False, mult=1.0: (
-        jax.nn.dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=mult / q.shape[-1]
-        )
-    ),
+    "dot_product_attention": _attention,
     "rotary": lambda x, positions=None, base=1e4: _turned(x, positions, base),
     "dropout": lambda x, key, rate: jnp.where(
         jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0
@@ -246,6 +254,7 @@ def test_float16_sums_over_a_large_batch_do_not_overflow():
 
 
 X, KERNEL = jnp.ones((4, 8)), jnp.ones((8, 16))
+Q, KV = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 6, 4, 8))
 WRONG = {
     "kernel": (lambda: jus.linear(X, KERNEL.T), ValueError, "`kernel` must begin"),
     "bias": (lambda: jus.linear(X, KERNEL, X[0]), ValueError, "`bias` must have"),
@@ -305,6 +314,51 @@ WRONG = {
         lambda: jus.dot_product_attention(X, X, X),
         ValueError,
         "must be ",
+    ),
+    "heads": (
+        lambda: jus.dot_product_attention(Q, KV, KV[..., :2, :]),
+        ValueError,
+        "a multiple of theirs",
+    ),
+    "mask": (
+        lambda: jus.dot_product_attention(Q, KV, KV, jnp.ones((4, 7), bool)),
+        ValueError,
+        r"`mask` must be broadcastable to \(2, 4, 5, 6\)",
+    ),
+    "additive mask": (
+        lambda: jus.dot_product_attention(Q, KV, KV, jnp.ones((5, 6))),
+        TypeError,
+        "as `bias`",
+    ),
+    "attention bias": (
+        lambda: jus.dot_product_attention(Q, KV, KV, None, jnp.ones((3, 2, 4, 5, 6))),
+        ValueError,
+        "`bias` must be broadcastable",
+    ),
+    "query positions": (
+        lambda: jus.dot_product_attention(Q, KV, KV, None, None, jnp.arange(6)),
+        ValueError,
+        "`query_positions` must be broadcastable",
+    ),
+    "window": (
+        lambda: jus.dot_product_attention(Q, KV, KV, local_window_size=(-1, 2)),
+        ValueError,
+        "`local_window_size` must be one or two",
+    ),
+    "empty window": (
+        lambda: jus.dot_product_attention(KV, Q[:, :2], Q[:, :2], local_window_size=2),
+        ValueError,
+        "`local_window_size` must leave",
+    ),
+    "length": (
+        lambda: jus.dot_product_attention(Q, KV, KV, length=0),
+        ValueError,
+        "`length` must be 1",
+    ),
+    "dropout without a key": (
+        lambda: jus.dot_product_attention(Q, KV, KV, dropout_rate=0.1),
+        ValueError,
+        "with a `dropout_key`",
     ),
     "positions": (
         lambda: jus.rotary(jnp.ones((3, 2, 8)), jnp.arange(4)),
@@ -380,12 +434,12 @@ WRONG = {
         ValueError,
         "`strides` must be a positive integer",
     ),
-    "window": (
+    "pool window": (
         lambda: jus.max_pool(X, (2, 2)),
         ValueError,
         r"`x` must be \[\*batch",
     ),
-    "empty window": (
+    "empty pool": (
         lambda: jus.avg_pool(X, (2,), padding=((2, 0),)),
         ValueError,
         "`padding` .* must be less than",

@@ -44,4 +44,8 @@ from .transformer import (
     MLP as MLP,
     MultiHeadAttention as MultiHeadAttention,
     TransformerBlock as TransformerBlock,
+    TransformerStack as TransformerStack,
+    branch_norm as branch_norm,
+    post_norm as post_norm,
+    pre_norm as pre_norm,
 )

@@ -1,12 +1,14 @@
-"""Attention, MLP and the Transformer block with u-muP's residual rule."""
+"""Attention, MLP, and Transformer blocks with u-muP's residual rule."""
 
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
@@ -16,7 +18,7 @@ from ..ops.attention import dot_product_attention, rotary
 from ..ops.residual import residual_apply, transformer_residual_rule
 from .depth import set_depth
 from .linear import Linear, LinearGeneral, unit_normal
-from .normalization import RMSNorm
+from .normalization import Dropout, LayerNorm, RMSNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,8 @@ class _Attention:
     formats: Formats | None
     mult: float
     rotary_base: float | None
+    local_window_size: int | tuple[int, int] | None
+    length: int | None
     constraint: Constraint | None
 
     def __call__(
@@ -34,37 +38,94 @@ class _Attention:
         key: jax.Array,
         value: jax.Array,
         *,
-        mask: jax.Array | None = None,
-        is_causal: bool = False,
-        module: Any = None,
+        mask: jax.Array | None,
+        dropout_rng: jax.Array | None,
+        dropout_rate: float,
+        broadcast_dropout: bool,
+        deterministic: bool,
+        precision: Any,
+        module: Any,
+        is_causal: bool,
+        input_positions: jax.Array | None = None,
         **_: Any,
     ) -> jax.Array:
-        if module is not None:
-            raise ValueError("`sow_weights` is not supported.")
+        """`module`, where given, is the one whose cache to decode with."""
+        positions = None if module is None else _positions(module, query)
         if self.rotary_base is not None:
-            query, key = (rotary(x, base=self.rotary_base) for x in (query, key))
+            turns = positions if input_positions is None else input_positions
+            query, key = (rotary(x, turns, base=self.rotary_base) for x in (query, key))
+        elif input_positions is not None:
+            raise ValueError("`input_positions` are without effect: set `rotary_base`.")
+        if module is not None:
+            key, value = _cached(module, key, value)
         return dot_product_attention(
             query,
             key,
             value,
             None if mask is None else mask.astype(jnp.bool_),
-            is_causal=is_causal,
+            None,
+            positions,
+            dropout_rng,
+            is_causal=is_causal or module is not None,
+            local_window_size=self.local_window_size,
+            length=self.length,
             mult=self.mult,
+            dropout_rate=0.0 if deterministic else dropout_rate,
+            broadcast_dropout=broadcast_dropout,
+            precision=precision,
             formats=self.formats,
             constraint=self.constraint,
         )
 
 
+def _positions(module: Any, query: jax.Array) -> jax.Array:
+    if module.cache_index is None:
+        raise ValueError("`decode` needs a cache: call `init_cache` first.")
+    return module.cache_index[...] + jnp.arange(query.shape[-3])
+
+
+def _cached(
+    module: Any, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Writes keys and values behind those in the cache; returns all of them."""
+    *batch, room, heads, size = module.cached_key.shape
+    length = key.shape[-3]
+    if key.shape != (*batch, length, heads, size) or length > room:
+        raise ValueError(
+            f"`inputs_q` must fit the cache of shape {module.cached_key.shape}, got "
+            f"keys of shape {key.shape}: call `init_cache` with the shape of the "
+            "longest input."
+        )
+    start = (*len(batch) * (0,), module.cache_index[...], 0, 0)
+    for cache, x in ((module.cached_key, key), (module.cached_value, value)):
+        cache[...] = lax.dynamic_update_slice(
+            cache[...], x.astype(cache[...].dtype), start
+        )
+    module.cache_index[...] += length
+    return (
+        module.cached_key[...].astype(key.dtype),
+        module.cached_value[...].astype(value.dtype),
+    )
+
+
 class MultiHeadAttention(nnx.MultiHeadAttention):
     """`flax.nnx.MultiHeadAttention` of unit-scaled projections and attention.
 
-    Takes the arguments of its namesake (not yet dropout of attention weights, grouped
-    heads and decoding, which are refused), and
+    Takes all arguments of its namesake (with an `attention_fn` of your own, those from
+    `mult` to `length` are without effect) and
 
         formats: the number formats of its projections, and of attention's inputs.
         mult: multiplies the attention logits (u-muP's alpha_attn-softmax).
         rotary_base: turns queries and keys by their positions (`rotary`), if given.
+        local_window_size: as in `dot_product_attention`.
+        length: the length of training, as in `dot_product_attention`. Give it where
+            the model also sees other lengths; without it a call's own counts, and in
+            decoding the cache's.
         constraint, batch_axis_name: as in `Linear`.
+
+    Decoding takes any number of tokens at a time, a whole prompt as well as one token:
+    the output does not depend on how a sequence is cut. It is that of the whole
+    sequence with `is_causal`, if `length` is given or the cache is as long as that.
     """
 
     def __init__(
@@ -74,40 +135,30 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         *sizes: int | None,
         kernel_init: nnx.Initializer = unit_normal,
         out_kernel_init: nnx.Initializer | None = None,
-        kernel_metadata: Any = None,
-        bias_metadata: Any = None,
         attention_fn: Callable[..., jax.Array] | None = None,
         formats: Formats | None = None,
         mult: float = 1.0,
         rotary_base: float | None = None,
+        local_window_size: int | tuple[int, int] | None = None,
+        length: int | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
-        for name in ("dropout_rate", "decode", "normalize_qk"):
-            if namesake.get(name):
-                raise ValueError(
-                    f"`{name}` is not supported yet, got {namesake[name]}."
-                )
-        if namesake.get("num_kv_heads") not in (None, num_heads) or sizes[2:3] not in (
-            (),
-            (None,),
-            (num_heads,),
-        ):
-            raise ValueError("`num_kv_heads` is not supported yet: leave it None.")
-        zeros = nnx.initializers.zeros_init()
         super().__init__(
             num_heads,
             in_features,
             *sizes,
-            kernel_init=zeros,
+            kernel_init=nnx.initializers.zeros_init(),
             attention_fn=attention_fn
-            or _Attention(formats, mult, rotary_base, constraint),
+            or _Attention(
+                formats, mult, rotary_base, local_window_size, length, constraint
+            ),
             rngs=rngs,
-            **namesake | {"decode": False},
+            **namesake,
         )
-        # The namesake builds plain projections; each gives way to a unit-scaled one.
+        # The namesake builds plain layers; each gives way to a unit-scaled one.
         inits = {"out": out_kernel_init or kernel_init}
         for name in ("query", "key", "value", "out"):
             plain = getattr(self, name)
@@ -123,8 +174,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 dot_general=plain.dot_general,
                 dot_general_cls=plain.dot_general_cls,
                 kernel_init=inits.get(name, kernel_init),
-                kernel_metadata=kernel_metadata,
-                bias_metadata=bias_metadata,
+                kernel_metadata=plain.kernel.get_metadata(),
+                bias_metadata=plain.bias and plain.bias.get_metadata(),
                 formats=formats,
                 constraint=constraint,
                 batch_axis_name=batch_axis_name,
@@ -133,6 +184,50 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             if plain.bias is not None and projection.bias is not None:
                 projection.bias[...] = plain.bias[...]
             setattr(self, name, projection)
+        for name in ("query_ln", "key_ln") if self.normalize_qk else ():
+            plain = getattr(self, name)
+            norm = LayerNorm(
+                plain.num_features,
+                use_bias=False,
+                dtype=plain.dtype,
+                param_dtype=plain.param_dtype,
+                promote_dtype=plain.promote_dtype,
+                scale_metadata=plain.scale.get_metadata(),
+                batch_axis_name=batch_axis_name,
+                rngs=rngs,
+            )
+            setattr(self, name, norm)
+
+    def __call__(
+        self,
+        inputs_q: jax.Array,
+        inputs_k: jax.Array | None = None,
+        inputs_v: jax.Array | None = None,
+        *,
+        sow_weights: bool = False,
+        decode: bool | None = None,
+        **namesake: Any,
+    ) -> jax.Array:
+        decode = bool(self.decode if decode is None else decode)
+        if isinstance(self.attention_fn, _Attention):
+            if sow_weights:
+                raise ValueError(
+                    "`sow_weights` must be False: attention's weights stay inside the "
+                    "operation. Pass `attention_fn=flax.nnx.dot_product_attention` to "
+                    "look at plain ones."
+                )
+            # The namesake decodes one token at a time, and then gives `attention_fn`
+            # no positions. So ours decodes, and is handed the module, in the one way
+            # there is, for its cache.
+            decode, sow_weights = False, decode
+        return super().__call__(
+            inputs_q,
+            inputs_k,
+            inputs_v,
+            sow_weights=sow_weights,
+            decode=decode,
+            **namesake,
+        )
 
 
 class MLP(nnx.Module):
@@ -171,8 +266,36 @@ class MLP(nnx.Module):
         return self.down(self.activation(up, self.gate(inputs)))
 
 
+Norm = Callable[[jax.Array], jax.Array]
+Branch = Callable[[jax.Array], jax.Array]
+
+
+def pre_norm(norm: Norm, branch: Branch, x: jax.Array, *, tau: float) -> jax.Array:
+    """A residual branch that starts with its norm: skip x + w branch(norm(x))."""
+    return residual_apply(lambda x: branch(norm(x)), x, tau=tau)
+
+
+def post_norm(norm: Norm, branch: Branch, x: jax.Array, *, tau: float) -> jax.Array:
+    """A norm behind the residual add: norm(skip x + w branch(x)).
+
+    Reference: Attention Is All You Need (Vaswani et al., 2017), section 3.1.
+    """
+    return norm(residual_apply(branch, x, tau=tau))
+
+
+def branch_norm(norm: Norm, branch: Branch, x: jax.Array, *, tau: float) -> jax.Array:
+    """A residual branch that ends with its norm: skip x + w norm(branch(x)).
+
+    Every branch then has unit scale, also where values that are correlated along the
+    sequence make attention's output large.
+
+    Reference: mu-nit Scaling (Narayan et al., 2025), "Res-Post-LayerNorm".
+    """
+    return residual_apply(lambda x: norm(branch(x)), x, tau=tau)
+
+
 class TransformerBlock(nnx.Module):
-    """A pre-norm Transformer block, its residual weights set by u-muP's rule.
+    """A Transformer block of an attention and an MLP branch.
 
     Args:
         features: the size of the input and of the output.
@@ -180,10 +303,19 @@ class TransformerBlock(nnx.Module):
         hidden_features: the MLP's size.
         index: the block's place in its stack, from 0.
         depth: the number of blocks in the stack.
-        residual_rule: tau(index, layers), of residual adds: two for each block.
+        residual_rule: tau(index, layers), of residual adds: two for each block. By
+            default u-muP's.
+        placement: where the norm of a branch is: `pre_norm`, `post_norm`,
+            `branch_norm`, or your own function of that signature.
+        norm: makes a norm: `RMSNorm`, `LayerNorm`, or a partial of one. By default an
+            RMS norm without a gain, whose learning rate would not transfer (u-muP,
+            section 3).
+        attention: makes the attention; give options of `MultiHeadAttention` by
+            `functools.partial(MultiHeadAttention, num_kv_heads=2)`.
         is_causal: whether a position sees only those up to its own.
         mult, rotary_base: as in `MultiHeadAttention`.
         activation, gated: the MLP's.
+        dropout_rate: what is dropped of each branch's output.
         use_bias, formats, dtype, param_dtype, batch_axis_name: of all its layers.
 
     Reference: u-muP (Blake et al., 2024), appendix G.
@@ -198,22 +330,30 @@ class TransformerBlock(nnx.Module):
         index: int,
         depth: int,
         residual_rule: Callable[[int, int], float] | None = None,
+        placement: Callable[..., jax.Array] = pre_norm,
+        norm: Callable[..., Any] | None = None,
+        attention: Callable[..., Any] = MultiHeadAttention,
         is_causal: bool = True,
         mult: float = 1.0,
         rotary_base: float | None = 10000.0,
         activation: Callable[..., jax.Array] = silu_glu,
         gated: bool = True,
+        dropout_rate: float = 0.0,
         rngs: nnx.Rngs,
         **linear: Any,
     ):
         rule = residual_rule or transformer_residual_rule()
         self.taus = tuple(rule(2 * index + i, 2 * depth) for i in range(2))
+        self.placement = placement
         self.is_causal = is_causal
         linear = {"use_bias": False} | linear
-        norm = {k: linear[k] for k in ("dtype", "param_dtype") if k in linear}
-        # Norms have no gain: its learning rate would not transfer (u-muP, section 3).
-        self.attention_norm = RMSNorm(features, use_scale=False, rngs=rngs, **norm)
-        self.attention = MultiHeadAttention(
+        shared = ("dtype", "param_dtype", "batch_axis_name")
+        norm = ft.partial(
+            norm or ft.partial(RMSNorm, use_scale=False),
+            **{k: linear[k] for k in shared if k in linear},
+        )
+        self.attention_norm = norm(features, rngs=rngs)
+        self.attention = attention(
             num_heads,
             features,
             mult=mult,
@@ -221,7 +361,7 @@ class TransformerBlock(nnx.Module):
             rngs=rngs,
             **linear,
         )
-        self.mlp_norm = RMSNorm(features, use_scale=False, rngs=rngs, **norm)
+        self.mlp_norm = norm(features, rngs=rngs)
         self.mlp = MLP(
             features,
             hidden_features,
@@ -230,14 +370,104 @@ class TransformerBlock(nnx.Module):
             rngs=rngs,
             **linear,
         )
+        self.dropout = Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
         set_depth(self, 2 * depth)
 
     def __call__(
-        self, inputs: jax.Array, *, mask: jax.Array | None = None
+        self,
+        inputs: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        deterministic: bool | None = None,
+        decode: bool | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        def attend(x: jax.Array) -> jax.Array:
-            normed = self.attention_norm(x)
-            return self.attention(normed, mask=mask, is_causal=self.is_causal)
+        """`mask`, `deterministic`, `decode` and `rngs` are the layers' own."""
 
-        x = residual_apply(attend, inputs, tau=self.taus[0])
-        return residual_apply(lambda x: self.mlp(self.mlp_norm(x)), x, tau=self.taus[1])
+        def dropped(y: jax.Array) -> jax.Array:
+            return self.dropout(y, deterministic=deterministic, rngs=rngs)
+
+        def attend(x: jax.Array) -> jax.Array:
+            y = self.attention(
+                x,
+                mask=mask,
+                is_causal=self.is_causal,
+                deterministic=deterministic,
+                decode=decode,
+                rngs=rngs,
+            )
+            return dropped(y)
+
+        def feed_forward(x: jax.Array) -> jax.Array:
+            return dropped(self.mlp(x))
+
+        attend_tau, mlp_tau = self.taus
+        x = self.placement(self.attention_norm, attend, inputs, tau=attend_tau)
+        return self.placement(self.mlp_norm, feed_forward, x, tau=mlp_tau)
+
+    def init_cache(
+        self, input_shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> None:
+        """Makes room to `decode` inputs of this shape, [batch, length, features]."""
+        self.attention.init_cache(input_shape, dtype)
+
+
+class TransformerStack(nnx.Module):
+    """Transformer blocks in a row, each with the residual weights of its place.
+
+    A Python loop, not a scan over stacked parameters: u-muP's residual weights differ
+    from block to block, and a factor is a number that is fixed while tracing.
+
+    Args:
+        features, num_heads, hidden_features: as in `TransformerBlock`.
+        depth: the number of blocks.
+        remat: computes a block's activations again in the backward pass, instead of
+            keeping them.
+        block: the further options of each `TransformerBlock`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        hidden_features: int,
+        *,
+        depth: int,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+        **block: Any,
+    ):
+        if depth < 1:
+            raise ValueError(f"`depth` must be 1 or more, got {depth}.")
+        self.remat = remat
+        self.blocks = nnx.List(
+            TransformerBlock(
+                features,
+                num_heads,
+                hidden_features,
+                index=i,
+                depth=depth,
+                rngs=rngs,
+                **block,
+            )
+            for i in range(depth)
+        )
+
+    def __call__(self, inputs: jax.Array, **call: Any) -> jax.Array:
+        """`call` are the keyword arguments of each block."""
+
+        def apply(block: TransformerBlock, x: jax.Array) -> jax.Array:
+            return block(x, **call)
+
+        apply = nnx.remat(apply) if self.remat else apply
+        x = inputs
+        for block in self.blocks:
+            x = apply(block, x)
+        return x
+
+    def init_cache(
+        self, input_shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> None:
+        """Makes room to `decode` inputs of this shape, [batch, length, features]."""
+        for block in self.blocks:
+            block.init_cache(input_shape, dtype)

@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer
+from jax import lax
+from jaxtyping import Array, Bool, Float, Integer, Key as KeyArray
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats, quantize_bwd, quantize_fwd
 from ..moments import softmax_moments
-from ..op import Factors, Integers, case, scaled_op
+from ..op import Factors, Integers, Key, Zeros, case, scaled_op
 from ..scale import check_factor
+from .dropout import dropout
 
 
 def _softmax_rule(x: Any, *, axis: int, mult: float, **_: Any) -> Factors:
@@ -72,31 +74,106 @@ def _attention_rule(
     key: Any,
     value: Any,
     mask: Any = None,
+    bias: Any = None,
+    query_positions: Any = None,
+    dropout_key: Any = None,
     *,
     is_causal: bool,
+    local_window_size: int | tuple[int, int] | None,
+    length: int | None,
     mult: float,
+    dropout_rate: float,
     **_: Any,
 ) -> Factors:
+    _check_shapes(query, key, value)
+    *batch, queries, heads, head_size = query.shape
+    keys, kv_heads = key.shape[-3:-1]
+    logits = (*batch, heads, queries, keys)
+    _check_broadcast("mask", mask, logits)
+    _check_broadcast("bias", bias, logits)
+    _check_broadcast("query_positions", query_positions, (*batch, queries))
+    if mask is not None and mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"`mask` must be an array of booleans, got {mask.dtype}: pass what is to "
+            "be added to the logits as `bias`."
+        )
+    check_factor("mult", mult)
+    if not 0 <= dropout_rate < 1 or (dropout_rate and dropout_key is None):
+        raise ValueError(
+            "`dropout_rate` must be in [0, 1), and above 0 with a `dropout_key`, got "
+            f"{dropout_rate} and {dropout_key}."
+        )
+    if length is None and query_positions is not None:
+        length = keys
+    if length is not None:
+        if length < 1:
+            raise ValueError(f"`length` must be 1 or more, got {length}.")
+        queries = keys = length
+    reach = _reach(is_causal, local_window_size)
+    ideal = _attention_factors(queries, keys, head_size, *reach, float(mult))
+    shared = (kv_heads / heads) ** 0.5  # a sum over the heads of a group
+    sums = {"key": shared, "value": shared}
+    if bias is not None:
+        sums["bias"] = (bias.size / math.prod(logits)) ** 0.5
+    kept = (1 - dropout_rate) ** 0.5
+    bwd = {name: kept * b * sums.get(name, 1.0) for name, b in ideal.bwd.items()}
+    return Factors(kept * ideal.fwd, bwd)
+
+
+def _check_shapes(query: Any, key: Any, value: Any) -> None:
     shapes = f"{query.shape}, {key.shape} and {value.shape}"
     if min(map(len, (query.shape, key.shape, value.shape))) < 3:
         raise ValueError(
             "`query`, `key` and `value` must be [..., length, heads, head_size], got "
             f"shapes {shapes}."
         )
-    without_length = [x.shape[:-3] + x.shape[-2:] for x in (query, key)]
-    if without_length[0] != without_length[1] or key.shape != value.shape:
+    common = [x.shape[:-3] + x.shape[-1:] for x in (query, key)]
+    if (
+        common[0] != common[1]
+        or key.shape != value.shape
+        or query.shape[-2] % key.shape[-2]
+    ):
         raise ValueError(
             "`key` and `value` must have the same shape, and `query` may differ in its "
-            f"length alone, got shapes {shapes}."
+            "length and in its heads, a multiple of theirs, alone, got shapes "
+            f"{shapes}."
         )
-    check_factor("mult", mult)
-    queries, _, head_size = query.shape[-3:]
-    return _attention_factors(queries, key.shape[-3], head_size, is_causal, float(mult))
+
+
+def _check_broadcast(name: str, x: Any, shape: tuple[int, ...]) -> None:
+    if x is None:
+        return
+    try:
+        fits = np.broadcast_shapes(x.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`{name}` must be broadcastable to {shape}, got shape {x.shape}."
+        )
+
+
+def _reach(
+    is_causal: bool, local_window_size: int | tuple[int, int] | None
+) -> tuple[float, float]:
+    """How many keys before its own position a query sees, and how many after it."""
+    if local_window_size is None:
+        before, after = math.inf, math.inf
+    elif isinstance(local_window_size, int):
+        before = after = local_window_size
+    else:
+        before, after = local_window_size
+    if min(before, after) < 0:
+        raise ValueError(
+            "`local_window_size` must be one or two counts of keys, 0 or more, got "
+            f"{local_window_size}."
+        )
+    return before, 0 if is_causal else after
 
 
 @ft.lru_cache(maxsize=1024)
 def _attention_factors(
-    queries: int, keys: int, d: int, is_causal: bool, mult: float
+    queries: int, keys: int, d: int, before: float, after: float, mult: float
 ) -> Factors:
     """1 / std of attention's output and cotangents, averaged over positions and |q|.
 
@@ -106,13 +183,20 @@ def _attention_factors(
 
         output        n E[p^2]
         value         n E[p^2]                      summed over its keys
+        bias          d n V                         summed over its keys
         query         mult^2 / d n V
         key           mult^2 / d n V |q|^2 / d      summed over its keys.
+
+    The query's takes the keys as independent of their weights. Their part along q is
+    not: one of d directions, so an error of order 1 / d.
     """
-    # A causal query sees the keys up to its own position.
-    seen = (
-        np.minimum(np.arange(1, queries + 1), keys) if is_causal else np.array([keys])
-    )
+    position = np.arange(queries)
+    seen = np.minimum(position + after, keys - 1) - np.maximum(position - before, 0) + 1
+    if seen.min() < 1:
+        raise ValueError(
+            f"`local_window_size` must leave every query a key, got {before} before a "
+            f"query's own position, for {queries} queries and {keys} keys."
+        )
     lengths = np.unique(np.round(np.geomspace(seen.min(), seen.max(), 64)).astype(int))
     # |q|: the chi density has a standard deviation near 0.7, whatever d is.
     radius = math.sqrt(d) + np.arange(-4.0, 4.25, 0.5)
@@ -137,6 +221,7 @@ def _attention_factors(
         "query": products * mean(logits),
         "key": products * mean(logits_q) * queries / keys,
         "value": mean(out) * queries / keys,
+        "bias": d * mean(logits) / keys,
     }
     # With one key the output is the value, and nothing comes back to query and key.
     bwd = {k: v**-0.5 if v > 0 else 1.0 for k, v in variance.items()}
@@ -152,48 +237,122 @@ def _attention_factors(
         case((32, 48, 8, 32), (32, 96, 8, 32), (32, 96, 8, 32)),
         case(*3 * [(16, 256, 4, 64)], is_causal=True, mult=0.25),
         case(*3 * [(32, 128, 8, 16)], mult=4.0),
+        case(
+            (16, 48, 6, 32),
+            *2 * [(16, 48, 2, 32)],
+            is_causal=True,
+            local_window_size=(15, 0),
+        ),
+        case(
+            (32, 32, 4, 32),
+            *2 * [(32, 32, 2, 32)],
+            None,
+            Zeros((4, 32, 32)),
+            None,
+            Key(),
+            dropout_rate=0.25,
+            broadcast_dropout=False,
+        ),
+        # A mask is not looked at: with an eighth of the keys hidden the scales are
+        # (8 / 7)^1/2 off.
+        case(*3 * [(32, 32, 4, 32)], np.arange(32) < 28, error=0.07),
     ),
 )
 def dot_product_attention(
-    query: Float[Array, "..."],
-    key: Float[Array, "..."],
-    value: Float[Array, "..."],
-    mask: Bool[Array, "..."] | None = None,
+    query: Float[Array, "*batch queries heads head_size"],
+    key: Float[Array, "*batch keys kv_heads head_size"],
+    value: Float[Array, "*batch keys kv_heads head_size"],
+    mask: Bool[Array | np.ndarray, "..."] | None = None,
+    bias: Float[Array, "..."] | None = None,
+    query_positions: Integer[Array, "..."] | None = None,
+    dropout_key: KeyArray[Array, ""] | None = None,
     *,
     is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    length: int | None = None,
     mult: float = 1.0,
+    dropout_rate: float = 0.0,
+    broadcast_dropout: bool = True,
+    precision: lax.PrecisionLike = None,
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
-) -> Float[Array, "..."]:
-    """Unit-scaled attention: softmax(query key^T mult / head_size) value.
+) -> Float[Array, "*batch queries heads head_size"]:
+    """Unit-scaled attention: softmax(query key^T mult / head_size + bias) value.
 
-    Arrays are [..., length, heads, head_size]; `mask`, broadcastable to [..., heads,
-    queries, keys], is true where a query sees a key. `formats` round query, key and
-    value, and the output's cotangent.
+    Arrays are [..., length, heads, head_size]; `key` and `value` may have fewer heads,
+    each shared by a group of the query's. The options are those of
+    `jax.nn.dot_product_attention`:
+
+        mask, bias: broadcastable to [..., heads, queries, keys]; `mask` is true where a
+            query sees a key. Padding is a mask, `arange(keys) < lengths[:, None, None,
+            None]`; a query that sees no key averages all values.
+        is_causal: whether a query sees only keys up to its own position.
+        local_window_size: how many keys a query sees (before, after) its own position;
+            one number means both.
+
+    and further
+
+        query_positions: [..., queries], the queries' positions among the keys, where
+            they are not 0, 1, ...: the queries of one step, say, with a cache of keys.
+        length: the factors are those of self-attention over so many positions. Give
+            the length of training wherever a model sees another: the output then does
+            not depend on how a sequence is cut into calls. Without it they are this
+            call's own, or those of as many positions as there are keys where
+            `query_positions` are given.
+        dropout_key, dropout_rate, broadcast_dropout: drop attention weights, by one
+            draw for all examples and heads or (False) by one for each.
+        formats: round query, key and value, and the output's cotangent.
 
     Factors: 1 / std of the output and of each cotangent for independent normal inputs,
-    from exact integrals (`moments.py`), averaged over positions where `is_causal`. The
-    output is the mean of about n values, and its factor about n^1/2. Values that are
-    correlated along the sequence average out less: identical ones leave a scale of
-    n^1/2 rather than 1, which is the common reason for a large attention output late in
-    training. A `mask` is not looked at, for its values are not known while tracing.
+    from exact integrals (`moments.py`), averaged over positions where these see
+    different numbers of keys; times (1 - dropout_rate)^1/2, and for keys and values
+    group^-1/2. The output is the mean of about n values, and its factor about n^1/2.
+    Values that are correlated along the sequence average out less: identical ones leave
+    a scale of n^1/2 rather than 1, which is the common reason for a large attention
+    output late in training. What `mask`, `bias` and `query_positions` hide or stress is
+    not looked at, for values are not known while tracing.
 
     References: u-muP (Blake et al., 2024), section 4 (mult / head_size, one factor);
     Almost-scaled dot-product attention (Blake & Bouamama, 2023).
     """
     if formats is not None and formats.fwd is not None:
         query, key, value = (quantize_fwd(x, formats.fwd) for x in (query, key, value))
+    *batch, queries, heads, head_size = query.shape
+    keys, kv_heads = key.shape[-3:-1]
+    group = heads // kv_heads
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum(
-        "...qhd,...khd->...hqk", query, key, preferred_element_type=wide
-    )
-    if is_causal:
-        causal = jnp.tri(logits.shape[-2], logits.shape[-1], dtype=bool)
-        mask = causal if mask is None else mask & causal
-    if mask is not None:  # finite, so that a row without any key is not NaN
-        logits = jnp.where(mask, logits, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(logits * (mult / query.shape[-1]))
-    y = jnp.einsum("...hqk,...khd->...qhd", weights.astype(value.dtype), value)
+        "...qhgd,...khd->...hgqk",
+        query.reshape(*batch, queries, kv_heads, group, head_size),
+        key,
+        precision=precision,
+        preferred_element_type=wide,
+    ).reshape(*batch, heads, queries, keys)
+    logits = logits * (mult / head_size)
+    if bias is not None:
+        logits = logits + bias.astype(wide)
+    if query_positions is None:
+        query_positions = jnp.arange(queries)
+    distance = query_positions[..., None, :, None] - jnp.arange(keys)
+    before, after = _reach(is_causal, local_window_size)
+    seen = [] if mask is None else [jnp.asarray(mask)]
+    seen += [distance <= before] if before < math.inf else []
+    seen += [distance >= -after] if after < math.inf else []
+    if seen:  # finite, so that a row without any key is not NaN
+        visible = ft.reduce(jnp.logical_and, seen)
+        logits = jnp.where(visible, logits, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(logits).astype(value.dtype)
+    if dropout_rate and dropout_key is not None:
+        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
+        weights = dropout.fn(
+            weights, dropout_key, rate=dropout_rate, broadcast_dims=shared
+        )
+    y = jnp.einsum(
+        "...hgqk,...khd->...qhgd",
+        weights.reshape(*batch, kv_heads, group, queries, keys),
+        value,
+        precision=precision,
+    ).reshape(query.shape)
     if formats is not None and formats.bwd is not None:
         y = quantize_bwd(y, formats.bwd)
     return y

@@ -1,0 +1,428 @@
+"""Attention: its factors over a wide grid, the module against its namesake, blocks."""
+
+import functools as ft
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jax_unit_scaling as jus
+from jax_unit_scaling import scale
+
+
+def _normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _rms(x):
+    return np.sqrt(np.mean(np.square(np.asarray(x, np.float64))))
+
+
+# What is promised: within 0.1 of unit scale at every one of these. The default run
+# takes a few corners, `-m slow` the rest.
+GRID = list(
+    itertools.product(
+        (0.25, 0.5, 1.0, 2.0, 4.0), (8, 64, 512, 8192), (16, 64, 256), (False, True)
+    )
+)
+CORNERS = [(0.25, 8, 256, True), (4.0, 64, 16, True), (4.0, 8192, 16, False)]
+
+
+def _cells(cells, quick):
+    mark = pytest.mark.slow
+    return [pytest.param(*c, marks=() if c in quick else mark) for c in cells]
+
+
+def _sampled(length, is_causal):
+    """Positions of queries, and how many each of them stands for.
+
+    One of each stratum; a causal query at position i sees i + 1 keys, so that there
+    the strata grow geometrically.
+    """
+    if is_causal:
+        edges = np.geomspace(1, length + 1, 33) - 1
+    else:
+        edges = np.linspace(0, length, 17)
+    edges = np.unique(edges.round().astype(int))
+    low, high = edges[:-1], edges[1:]
+    return np.random.default_rng(0).integers(low, high), high - low
+
+
+@pytest.mark.parametrize("mult, length, d, is_causal", _cells(GRID, CORNERS))
+def test_attention_has_unit_scale_within_a_tenth(mult, length, d, is_causal):
+    options = {"is_causal": is_causal, "mult": mult}
+    # Cotangents of different queries are independent: in a sum over all queries, one
+    # that stands for w of them has a cotangent of scale w^1/2.
+    positions, weights = _sampled(length, is_causal)
+    w = weights[:, None, None]
+    # Without a mask, outputs of all queries are nearly one mean of values, of d
+    # numbers for each head. 1024 of them have a standard error of 0.02.
+    heads = max(2**10 // d, 2**14 // length)
+
+    @jax.jit
+    def squares(key):
+        keys = jax.random.split(key, 4)
+        q, g = (jax.random.normal(k, (len(w), heads, d)) for k in keys[:2])
+        k, v = (jax.random.normal(k, (length, heads, d)) for k in keys[2:])
+
+        def plain(q, k, v):
+            where = jnp.asarray(positions)
+            return jus.dot_product_attention.fn(q, k, v, None, None, where, **options)
+
+        y, vjp = jax.vjp(plain, q, k, v)
+        dq, dk, dv = vjp(g * jnp.sqrt(w))
+        return [jnp.sum(x) for x in (w * y**2, dq**2, dk**2, dv**2)]
+
+    x = jax.ShapeDtypeStruct((length, heads, d), jnp.float32)
+    factors = jus.dot_product_attention.factors(x, x, x, constraint=None, **options)
+    got = np.sqrt(np.asarray(squares(jax.random.key(0))) / x.size)
+    bwd = [factors.bwd[name] for name in ("query", "key", "value")]
+    np.testing.assert_allclose(got * [factors.fwd, *bwd], 1, atol=0.1)
+
+
+SOFTMAX = sorted({c[:2] for c in GRID})
+
+
+@pytest.mark.parametrize("mult, length", _cells(SOFTMAX, [(4.0, 8), (0.25, 512)]))
+def test_softmax_has_unit_scale_within_a_tenth(mult, length):
+    x, g = _normal(0, 2, 2**11, length)
+    y, vjp = jax.vjp(lambda x: jus.softmax(x, mult=mult, constraint=None), x)
+    np.testing.assert_allclose([_rms(y), _rms(vjp(g)[0])], 1, atol=0.1)
+
+
+def test_all_masks_and_a_bias_at_once_are_those_of_jax_and_so_is_the_gradient():
+    q, kv, bias = _normal(0, 2, 6, 4, 8), _normal(1, 2, 7, 2, 8), _normal(2, 4, 6, 7)
+    mask = (jnp.arange(7) < jnp.array([5, 7])[:, None, None, None]) & (
+        jnp.arange(6)[:, None] != 3  # a query that sees no key
+    )
+    window = (3, 1)
+    fwd = jus.dot_product_attention.factors(
+        q, kv, kv, local_window_size=window, mult=20.0
+    ).fwd
+
+    def unit(q, k, v, bias):
+        return jus.dot_product_attention(
+            q, k, v, mask, bias, local_window_size=window, mult=20.0
+        )
+
+    def plain(q, k, v, bias):
+        options = {"mask": mask, "local_window_size": window, "scale": 20 / 8}
+        return fwd * jax.nn.dot_product_attention(q, k, v, bias[None], **options)
+
+    @ft.partial(jax.jit, static_argnums=0)
+    def run(f, g):
+        y, vjp = jax.vjp(f, q, kv, kv, bias)
+        return y, *vjp(g)
+
+    g = _normal(3, *q.shape)
+    for a, b in zip(run(unit, g), run(plain, g), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [None, 64])
+def test_a_sequence_in_parts_gives_the_same_output(length):
+    q, k, v = (_normal(i, 2, 16, 2, 8) for i in range(3))
+    options = {"is_causal": True, "local_window_size": (6, 0), "length": length}
+    whole = jus.dot_product_attention(q, k, v, **options)
+    parts = [
+        jus.dot_product_attention(
+            q[:, a:b], k, v, None, None, jnp.arange(a, b), **options
+        )
+        for a, b in ((0, 9), (9, 10), (10, 16))
+    ]
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-6)
+    factors = jus.dot_product_attention.factors(q, k, v, **options)
+    n = length or 16
+    x = jnp.ones((n, 1, 8))
+    options |= {"length": None}
+    assert factors.fwd == jus.dot_product_attention.factors(x, x, x, **options).fwd
+
+
+def _call(module, *args, **options):
+    return nnx.jit(lambda module, args: module(*args, **options))(module, args)
+
+
+def _moved(module):
+    """The module with biases and gains that differ from zero and one."""
+    params = nnx.state(module, nnx.Param)
+    nnx.update(module, jax.tree.map(lambda p: p + 0.1 * jnp.cos(p), params))
+    return module
+
+
+def _with_plain_namesake(factor, *sizes, **options):
+    """A module, and Flax's with the same parameters but for the static factors.
+
+    Those are fan_in^-1/2 on a kernel, attention's `factor` (here on the last kernel),
+    and head_size^-1/2 on the logits, which the unit-scaled one is given as `mult`.
+    """
+    plain = nnx.MultiHeadAttention(*sizes, rngs=nnx.Rngs(0), **options)
+    mult = plain.head_dim**0.5
+    unit = jus.nnx.MultiHeadAttention(*sizes, mult=mult, rngs=nnx.Rngs(1), **options)
+    _moved(unit)
+    nnx.update(plain, nnx.state(unit, nnx.Param))
+    for name in ("query", "key", "value", "out"):
+        kernel = getattr(plain, name).kernel
+        fan_in = kernel.size // getattr(plain, name).bias.size
+        kernel[...] *= fan_in**-0.5 * (factor if name == "out" else 1.0)
+    return unit, plain
+
+
+def _factor(queries, keys, d, **options):
+    q, k = jnp.ones((queries, 1, d)), jnp.ones((keys, 1, d))
+    options["mult"] = d**0.5
+    return jus.dot_product_attention.factors(q, k, k, **options).fwd
+
+
+def test_cross_attention_with_grouped_heads_and_normalised_queries_is_the_namesakes():
+    unit, plain = _with_plain_namesake(
+        _factor(5, 7, 8), 4, 16, 32, 24, 2, 20, normalize_qk=True, decode=False
+    )
+    inputs = _normal(0, 3, 5, 16), _normal(1, 3, 7, 20), _normal(2, 3, 7, 20)
+    mask = jax.random.bernoulli(jax.random.key(0), 0.7, (3, 1, 5, 7)).astype(float)
+    got, want = (_call(m, *inputs, mask=mask) for m in (unit, plain))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_dropout_of_attention_weights_draws_as_the_namesake(broadcast):
+    unit, plain = _with_plain_namesake(
+        _factor(6, 6, 4, is_causal=True, dropout_rate=0.3, dropout_key=0),
+        *(4, 16),
+        decode=False,
+        dropout_rate=0.3,
+        broadcast_dropout=broadcast,
+        keep_rngs=False,
+    )
+    x = _normal(0, 2, 6, 16)
+    got, want = (
+        nnx.jit(
+            lambda m, x: m(
+                x, is_causal=True, deterministic=False, rngs=nnx.Rngs(dropout=3)
+            )
+        )(m, x)
+        for m in (unit, plain)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="deterministic"):
+        unit(x)
+    unit.eval()
+    assert not np.allclose(_call(unit, x, is_causal=True), got, atol=0.1)
+
+
+def test_decoding_step_by_step_is_the_namesakes():
+    unit, plain = _with_plain_namesake(
+        _factor(6, 6, 4, is_causal=True), 4, 16, num_kv_heads=2, decode=True
+    )
+    x = _normal(0, 2, 6, 16)
+    for module in (unit, plain):
+        module.init_cache(x.shape)
+    for i in range(3):
+        got, want = (_call(m, x[:, i : i + 1]) for m in (unit, plain))
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    for name in ("cached_key", "cached_value", "cache_index"):
+        a, b = (getattr(m, name)[...] for m in (unit, plain))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_passes_metadata_on_and_knows_the_roles():
+    module = jus.nnx.MultiHeadAttention(
+        4,
+        16,
+        normalize_qk=True,
+        kernel_metadata={"a": 1},
+        out_kernel_metadata={"a": 2},
+        bias_metadata={"a": 3},
+        out_bias_metadata={"a": 4},
+        query_ln_scale_metadata={"a": 5},
+        key_ln_scale_metadata={"role": "bias"},
+        rngs=nnx.Rngs(0),
+    )
+
+    def about(parameter):
+        data = parameter.get_metadata()
+        return data.get("a"), data["role"], data.get("fan_in")
+
+    assert about(module.value.kernel) == (1, "weight", 16)
+    assert about(module.out.kernel) == (2, "weight", 16)
+    assert about(module.key.bias) == (3, "bias", None)
+    assert about(module.out.bias) == (4, "bias", None)
+    assert about(module.query_ln.scale) == (5, "norm", None)
+    assert about(module.key_ln.scale) == (None, "bias", None)
+    assert isinstance(module.key_ln, jus.nnx.LayerNorm)
+
+
+def test_precision_reaches_every_product():
+    graph, params = nnx.split(_attention(precision="highest"))
+    call = jax.make_jaxpr(lambda p, x: nnx.merge(graph, p)(x))
+    text = str(call(params, jnp.ones((1, 3, 8))))
+    assert text.count("dot_general[") == 6 == text.count("precision=(Precision.HIGHEST")
+
+
+def test_attention_of_your_own_is_called_as_by_the_namesake():
+    def attention(query, key, value, *, module, mask, **_):
+        assert module is own and key.shape[-3] == mask.shape[-1] == 3
+        return value[:, :1]
+
+    own = _attention(attention_fn=attention)
+    own(_normal(0, 1, 1, 8), decode=True, sow_weights=True)
+
+
+def _attention(**options):
+    module = jus.nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0), **options)
+    module.init_cache((1, 3, 8))
+    return module
+
+
+REFUSED = {
+    "sow": (lambda x: _attention()(x, sow_weights=True), "`sow_weights` must be False"),
+    "size": (lambda x: _attention(decode=True)(x), "`inputs_q` must fit the cache"),
+    "cache": (
+        lambda x: jus.nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0))(x, decode=True),
+        "call `init_cache` first",
+    ),
+    "depth": (
+        lambda x: jus.nnx.TransformerStack(8, 2, 8, depth=0, rngs=nnx.Rngs(0)),
+        "`depth` must be 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("call, match", REFUSED.values(), ids=REFUSED)
+def test_bad_calls_get_an_error_that_names_it(call, match):
+    with pytest.raises(ValueError, match=match):
+        call(_normal(0, 1, 4, 8))
+
+
+def test_input_positions_turn_queries_and_keys():
+    x = _normal(0, 2, 5, 8)
+    plain = _attention()
+    turning = _attention(rotary_base=100.0)
+    with pytest.raises((TypeError, ValueError), match="input_positions"):
+        plain(x, input_positions=jnp.arange(5))
+    try:
+        moved = turning(x, input_positions=3 + 2 * jnp.arange(5))
+    except TypeError:  # Flax 0.12.8 has no such argument
+        return
+    # Only differences of positions count: here twice those of the next line.
+    other = turning(x, input_positions=2 * jnp.arange(5))
+    np.testing.assert_allclose(moved, other, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(moved, turning(x), atol=1e-3)
+
+
+STACK = {
+    "pre_norm": {},
+    "post_norm": {"placement": jus.nnx.post_norm, "norm": jus.nnx.LayerNorm},
+    "branch_norm": {
+        "placement": jus.nnx.branch_norm,
+        "norm": jus.nnx.RMSNorm,
+        "remat": True,
+        "attention": ft.partial(
+            jus.nnx.MultiHeadAttention,
+            num_kv_heads=2,
+            normalize_qk=True,
+            local_window_size=(8, 0),
+        ),
+    },
+}
+
+
+def _stack(**options):
+    return jus.nnx.TransformerStack(32, 4, 64, depth=2, rngs=nnx.Rngs(0), **options)
+
+
+def _vjp(module, x, g):
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+
+    @jax.jit
+    def run(params, x, g):
+        def call(params, x):
+            return nnx.merge(graph, params, rest)(x)
+
+        y, vjp = jax.vjp(call, params, x)
+        return y, vjp(g)
+
+    return run(params, x, g)
+
+
+@pytest.mark.parametrize("options", STACK.values(), ids=STACK)
+def test_stacks_have_unit_scale_at_their_ends_and_true_gradients(options, monkeypatch):
+    x, g = _normal(0, 2, 4, 32, 32)
+    model = _moved(_stack(**options))
+    y, got = _vjp(model, x, g)
+    np.testing.assert_allclose(_rms(y), 1, atol=0.1)
+    # Cotangents of query, key and value add up, and so do those of up and gate.
+    assert 1 < _rms(got[1]) < 1.6
+    with monkeypatch.context() as patched:
+        patched.setattr(scale, "_scaled", lambda x, fwd, bwd: x * fwd)
+        _, true = _vjp(model, x, g)
+
+    def cosine(a, b):
+        a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
+        return a @ b / np.sqrt((a @ a) * (b @ b))
+
+    cosines = jax.tree.leaves(jax.tree.map(cosine, got, true))
+    assert len(cosines) >= 15
+    np.testing.assert_array_less(0.9999, cosines)
+
+
+def test_placements_put_the_norm_where_they_say():
+    x, tau = _normal(0, 3, 16), 0.5
+    norm, branch = jnp.sin, lambda x: 3 * x
+    a, b = tau / 1.25**0.5, 1 / 1.25**0.5
+    for placement, want in (
+        (jus.nnx.pre_norm, b * x + a * 3 * jnp.sin(x)),
+        (jus.nnx.post_norm, jnp.sin(b * x + a * 3 * x)),
+        (jus.nnx.branch_norm, b * x + a * jnp.sin(3 * x)),
+    ):
+        got = placement(norm, branch, x, tau=tau)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stack_gives_its_blocks_their_places_and_takes_any_residual_rule():
+    model = _stack(residual_rule=lambda index, layers: 1.0 + index / layers)
+    assert [b.taus for b in model.blocks] == [(1.0, 1.25), (1.5, 1.75)]
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_remat_marks_each_block(remat):  # its gradients are those of branch_norm above
+    graph, params = nnx.split(_stack(remat=remat))
+    call = jax.make_jaxpr(lambda p, x: nnx.merge(graph, p)(x))
+    equations = call(params, jnp.ones((1, 4, 32))).jaxpr.eqns
+    assert sum("remat" in str(e.primitive) for e in equations) == 2 * remat
+
+
+@pytest.mark.parametrize("length", [None, 40])
+def test_decoding_does_not_depend_on_how_a_sequence_is_cut(length):
+    attention = ft.partial(
+        jus.nnx.MultiHeadAttention,
+        num_kv_heads=2,
+        normalize_qk=True,
+        local_window_size=(5, 0),
+        length=length,
+    )
+    model = _stack(attention=attention)
+    x = _normal(0, 2, 12, 32)
+    whole = _call(model, x)
+    # A cache of the sequence's length, or one of any if `length` is given.
+    model.init_cache((2, 12 if length is None else 20, 32))
+    decode = nnx.jit(lambda model, x: model(x, decode=True))
+    parts = [decode(model, part) for part in jnp.split(x, (8, 9, 10, 11), axis=1)]
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_drawn_in_training_alone():
+    attention = ft.partial(jus.nnx.MultiHeadAttention, dropout_rate=0.5)
+    options = {"dropout_rate": 0.2, "attention": attention}
+    model, x = _stack(**options), _normal(0, 2, 8, 32)
+    plain = _stack()
+    nnx.update(plain, nnx.state(model, nnx.Param))
+    still = _call(model, x, deterministic=True)
+    np.testing.assert_allclose(still, _call(plain, x), rtol=1e-5, atol=1e-6)
+    draw = nnx.jit(lambda model, x: model(x, deterministic=False))
+    one, two = draw(model, x), draw(model, x)
+    assert _rms(one - still) > 0.1 and _rms(one - two) > 0.1
+    draw = nnx.jit(lambda model, x: model(x, deterministic=False, rngs=nnx.Rngs(7)))
+    np.testing.assert_array_equal(draw(model, x), draw(model, x))
