@@ -137,15 +137,16 @@ class RegularModel(nnx.Module):
         return self.readout(self.norm(x))
 
 
-def make_model(config: ModelConfig, vocabulary: int, seed: int) -> nnx.Module:
-    """The configured model with fresh parameters."""
+def make_model(config: ModelConfig, vocabulary: int, seed: Any) -> nnx.Module:
+    """The configured model with fresh parameters; `seed` may be traced."""
     if config.width % config.head_size:
         raise ValueError(
             f"`width` must be a multiple of `head_size` {config.head_size}, got "
             f"{config.width}."
         )
     models = {"unit": UnitModel, "regular": RegularModel}
-    return models[config.parametrisation](config, vocabulary, rngs=nnx.Rngs(seed))
+    rngs = nnx.Rngs(jax.random.key(seed))
+    return models[config.parametrisation](config, vocabulary, rngs=rngs)
 
 
 def make_loss(config: ModelConfig) -> Any:
