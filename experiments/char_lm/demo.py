@@ -119,7 +119,7 @@ def _draw_scales(config: DemoConfig, path: Path) -> None:
     figure = analysis.histograms(
         {
             NAMES[parametrisation]: initial_histograms(
-                ModelConfig(parametrisation, width=config.width, depth=config.depth),
+                run_config(config, parametrisation, "float32").model,
                 len(corpus.vocabulary),
                 config.seed,
                 batch.inputs,

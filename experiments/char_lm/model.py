@@ -15,6 +15,12 @@ Parametrisation = Literal["regular", "unit"]
 Precision = Literal["float32", "bfloat16", "float16", "fp8"]
 
 
+# Unit-scaled attention multiplies a mean over n values by about n^1/2, which is right
+# for independent values. Those of a text are not: with the weight 1 attention outweighs
+# the MLPs, and more so the longer one trains. The sweep tries both weights for both.
+ATTENTION_WEIGHTS: dict[Parametrisation, float] = {"regular": 1.0, "unit": 0.25}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The model: its size, and what this experiment compares."""
@@ -24,6 +30,15 @@ class ModelConfig:
     width: int = 128
     depth: int = 4
     head_size: int = 32
+    attention_weight: float | None = None
+    """The weight of attention branches beside that of MLP branches; by default what the
+    sweep found better for the parametrisation."""
+
+    @property
+    def attention_ratio(self) -> float:
+        if self.attention_weight is None:
+            return ATTENTION_WEIGHTS[self.parametrisation]
+        return self.attention_weight
 
     @property
     def dtype(self) -> Any:
@@ -34,17 +49,12 @@ class ModelConfig:
         return jus.SIMULATED_FP8 if self.precision == "fp8" else None
 
 
-# Unit-scaled attention multiplies a mean over n values by about n^1/2, which is right
-# for independent values. Those of a text are not: with the ratio 1 attention outweighs
-# the MLPs, and more so the longer one trains. The regular model has no such factor.
-RESIDUAL_RULE = jus.transformer_residual_rule(residual_attn_ratio=0.25)
-
-
 class UnitModel(nnx.Module):
     """Embedding, pre-norm blocks, norm and readout, all unit-scaled."""
 
     def __init__(self, config: ModelConfig, vocabulary: int, *, rngs: nnx.Rngs):
         width, dtype = config.width, config.dtype
+        rule = jus.transformer_residual_rule(residual_attn_ratio=config.attention_ratio)
         self.embed = jus.nnx.Embed(vocabulary, width, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(
             jus.nnx.TransformerBlock(
@@ -53,7 +63,7 @@ class UnitModel(nnx.Module):
                 4 * width,
                 index=i,
                 depth=config.depth,
-                residual_rule=RESIDUAL_RULE,
+                residual_rule=rule,
                 activation=jus.gelu,
                 gated=False,
                 formats=config.formats,
@@ -103,11 +113,13 @@ class RegularBlock(nnx.Module):
             attention_fn=ft.partial(_attention, formats=config.formats),
             **common,
         )
+        self.attention_ratio = config.attention_ratio
         self.up = nnx.Linear(width, 4 * width, dot_general=rounded, **common)
         self.down = nnx.Linear(4 * width, width, dot_general=rounded, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), is_causal=True)
+        attended = self.attention(self.attention_norm(x), is_causal=True)
+        x = x + self.attention_ratio * attended
         return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
 
 
