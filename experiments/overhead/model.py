@@ -1,4 +1,4 @@
-"""One Transformer twice: plain Flax layers, and unit-scaled; the same maths otherwise."""
+"""One Transformer twice: plain Flax layers, and unit-scaled; else the same maths."""
 
 import dataclasses
 from collections.abc import Callable
