@@ -29,7 +29,7 @@ def scaled(
 
     Reference: Unit Scaling (Blake et al., 2023), section 5.1, "scaled op".
     """
-    x = _floating(x)
+    x = floating(x)
     fwd, bwd = check_factor("fwd", fwd), check_factor("bwd", bwd)
     return x if fwd == bwd == 1.0 else _scaled(x, fwd, bwd)
 
@@ -56,13 +56,14 @@ def _scaling(fwd: float, bwd: float) -> Callable[[Array], Array]:
 
     @jax.custom_vjp
     def scaling(x: Array) -> Array:
-        return _times(x, fwd)
+        return times(x, fwd)
 
-    scaling.defvjp(lambda x: (_times(x, fwd), None), lambda _, g: (_times(g, bwd),))
+    # Through itself, so that a second derivative is scaled again.
+    scaling.defvjp(lambda x: (scaling(x), None), lambda _, g: (times(g, bwd),))
     return scaling
 
 
-def _times(x: Array, factor: float) -> Array:
+def times(x: Array, factor: float) -> Array:
     """`factor * x`, rounded once where `x`'s dtype cannot hold `factor` itself.
 
     A Python float is weakly typed, so the product is taken in `x`'s dtype and folds
@@ -77,7 +78,12 @@ def _times(x: Array, factor: float) -> Array:
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def _floating(x: Array) -> Array:
+def floating(x: Array) -> Array:
+    """`x` as an array.
+
+    Raises:
+        TypeError: if it is not one of floating-point numbers.
+    """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
