@@ -40,8 +40,8 @@ def ratio_of(
     plain, unit = zip(*pairs, strict=True)
     ratios = [u / p for p, u in zip(plain, unit, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    medians = map(statistics.median, (plain, unit, ratios))
-    return Ratio(what, *medians, low, high, target)
+    middle = statistics.median
+    return Ratio(what, middle(plain), middle(unit), middle(ratios), low, high, target)
 
 
 def alternate(measure: Callable[[Kind], Any], repeats: int) -> list[dict[Kind, Any]]:

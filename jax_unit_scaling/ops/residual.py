@@ -130,7 +130,8 @@ def _split(x: X, tau: float) -> tuple[X, X]:
 
 
 _split.defvjp(
-    lambda x, tau: (_split(x, tau), None), lambda tau, _, g: (_weighted_sum(*g, tau),)
+    lambda x, tau: (_split(x, tau), None),
+    lambda tau, _, g: (_weighted_sum(g[0], g[1], tau),),
 )
 
 
@@ -146,7 +147,9 @@ _join.defvjp(
 
 
 def _weighted_sum(branch: X, skip: X, tau: float) -> X:
-    """a branch + b skip as skip + (a branch - (1 - b) skip); a = tau b, b^-2 = 1 + tau^2.
+    """The sum a branch + b skip, a = tau b, b = (1 + tau^2)^-1/2, rearranged.
+
+    It is computed as skip + (a branch - (1 - b) skip).
 
     In the plain form the skip enters through its product with b alone, which XLA takes
     for cheap enough to compute again wherever it is used, on a CPU: with all that the
