@@ -47,7 +47,7 @@ class CoordinatesConfig:
     regular_log2_rate: int = -8
     unit_log2_rate: int = 0
     smoke: bool = False
-    """Two small widths and seeds, two steps: seconds."""
+    """Two small widths, one block, two steps: seconds."""
 
     def model(self, parametrisation: Parametrisation, width: int) -> ModelConfig:
         return ModelConfig(
@@ -58,7 +58,9 @@ class CoordinatesConfig:
 def coordinates(config: CoordinatesConfig) -> dict[str, dict[str, float]]:
     """Measures, writes coordinates.json, prints the slopes, draws the picture."""
     if config.smoke:
-        config = dataclasses.replace(config, widths=(16, 32), steps=2, seeds=2)
+        config = dataclasses.replace(
+            config, widths=(32, 128), depth=1, steps=2, seeds=4
+        )
     log2_rates: dict[Parametrisation, int] = {
         "regular": config.regular_log2_rate,
         "unit": config.unit_log2_rate,

@@ -42,22 +42,29 @@ def draw(
     """Draws a grid whose rows share the y axis, with one legend, and `note` beneath."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.6 * len(rows[0]) + 1.6, 3.1 * len(rows) + 0.6))
     figure.set_layout_engine("constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False, sharey="row")
     count = max(len(panel.lines) for row in rows for panel in row)
-    palette = colormaps[colours].resampled(count)
+    palette = colormaps[colours]
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):
             ax = axes[i, j]
             for k, line in enumerate(panel.lines):
-                _draw_line(ax, line, palette(k))
-            ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y if j == 0 else "")
+                _draw_line(ax, line, palette(_DARK * k / max(1, count - 1)))
+            ax.set_xlabel(panel.x)
+            if i == 0:
+                ax.set_title(panel.title, fontsize=11)
+            if j == 0:
+                ax.set_ylabel(panel.y)
             ax.grid(alpha=0.3)
             if x_log2:
                 ax.set_xscale("log", base=2)
                 ax.set_yscale("log", base=2)
+            else:
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             if y_limits:
                 ax.set_ylim(*y_limits)
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -65,6 +72,10 @@ def draw(
     figure.text(0.01, -0.02, note, fontsize=7, color="0.35", va="top")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     print(f"drew {path}")
+
+
+# The end of both colour maps is too light for a line on white.
+_DARK = 0.9
 
 
 def _draw_line(ax: Any, line: Line, colour: Any) -> None:

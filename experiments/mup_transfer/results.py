@@ -184,12 +184,14 @@ def report(path: Path) -> None:
     ]
     lowest = min(min(c.means) for c in found)
     s = shared["settings"]
+    seeds = max(len(b) for c in found for b in c.bits)
     draw(
         [panels],
         path.with_suffix(".png"),
         note=f"{s['steps']} steps of {s['batch']} x {s['length']} characters, depth "
-        f"{s['depth']}, heads of {s['head_size']}, {s['precision']}; mean, and range, "
-        f"of {max(len(b) for c in found for b in c.bits)} seeds; star: best rate.",
+        f"{s['depth']}, heads of {s['head_size']}, {s['precision']}; "
+        + (f"mean, and range, of {seeds} seeds" if seeds > 1 else "one seed")
+        + "; star: best rate. Higher losses lie above the frame.",
         y_limits=(lowest - 0.1, lowest + _SHOWN_BITS),
     )
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from ..char_lm.model import Parametrisation
 from .results import Run, append, environment, open_results, report
@@ -36,7 +35,7 @@ class SweepConfig:
     workers: int = 1
     """Processes; on a GPU several need XLA_PYTHON_CLIENT_PREALLOCATE=false."""
     smoke: bool = False
-    """Two small widths, two rates, four steps: seconds."""
+    """One small width, two rates, four steps: seconds."""
 
 
 _SMOKE = Settings(depth=1, steps=4, warmup=2, batch=2, length=16, eval_characters=64)
@@ -49,7 +48,7 @@ def sweep(config: SweepConfig) -> list[Run]:
         config = dataclasses.replace(
             config,
             settings=settings,
-            widths=(16, 32),
+            widths=(16,),
             regular_log2_rates=(-8, -7),
             unit_log2_rates=(-1, 0),
         )
@@ -124,12 +123,12 @@ def _timed(
 class Progress:
     """A bar over runs, with time left by work done; plain text, for rich may lack."""
 
-    def __init__(self, runs: int, work: float, file: Any = sys.stderr):
-        self.runs, self.work, self.file = runs, work, file
+    def __init__(self, runs: int, work: float):
+        self.runs, self.work = runs, work
         self.runs_done, self.work_done = 0, 0.0
         self.start = time.perf_counter()
         if runs:
-            print(f"{runs} runs, {work:.2g} floating-point operations", file=file)
+            print(f"{runs} runs, {work:.2g} floating-point operations", file=sys.stderr)
 
     def finish(self, runs: int, work: float) -> None:
         """Counts runs that have ended."""
@@ -137,7 +136,7 @@ class Progress:
         self.work_done += work
         self.begin(0.0, 0.0)
         if self.runs_done == self.runs:
-            print(file=self.file)
+            print(file=sys.stderr)
 
     def begin(self, work: float, done: float) -> None:
         """Shows the bar; the share `done` of some `work` has not ended yet."""
@@ -146,7 +145,7 @@ class Progress:
         used = time.perf_counter() - self.start
         left = f"{used * (1 - share) / share / 60:.1f} min left" if share else ""
         text = f"\r[{bar:30}] {self.runs_done}/{self.runs} runs  {left}"
-        print(f"{text:70}", end="", file=self.file, flush=True)
+        print(f"{text:70}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
