@@ -43,7 +43,7 @@ class DemoConfig:
     batch: int = 8
     length: int = 128
     seed: int = 0
-    regular_learning_rate: float = 2.0**-8
+    regular_learning_rate: float = 2.0**-7
     unit_learning_rate: float = 2.0
 
 

@@ -40,7 +40,7 @@ class TrainConfig:
     running Python's standard library."""
     optimiser: Optimiser = "adam"
     learning_rate: float = 1.0
-    """For Adam about 1/2 if unit-scaled and 2^-8 if regular: see the sweep."""
+    """For Adam about 2 if unit-scaled and 2^-7 if regular: see the sweep."""
     warmup: int = 50
     steps: int = 1000
     batch: int = 8
