@@ -7,8 +7,8 @@ from flax import nnx
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
+from ..layers.linear import low_rank
 from ..op import AxisName
-from ..ops.contraction import linear
 from ..parameters import role_metadata
 from .linear import Linear, unit_normal
 
@@ -60,17 +60,10 @@ class LoRA(nnx.LoRA):
         self.batch_axis_name = batch_axis_name
 
     def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
-        y, *kernels = self.promote_dtype(
+        arrays = self.promote_dtype(
             (x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype
         )
-        for kernel in kernels:
-            y = linear(
-                y,
-                kernel,
-                formats=self.formats,
-                constraint=self.constraint,
-                batch_axis_name=self.batch_axis_name,
-            )
+        y = low_rank(self, *arrays)
         return y if self.base_module is None else y + self.base_module(x, **kwargs)
 
 
