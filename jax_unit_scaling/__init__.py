@@ -31,6 +31,7 @@ from .ops.activation import (
     hard_tanh as hard_tanh,
     leaky_relu as leaky_relu,
     mish as mish,
+    prelu as prelu,
     relu as relu,
     selu as selu,
     sigmoid as sigmoid,
