@@ -1,5 +1,8 @@
 """Unit-scaled modules, drop-in for their `flax.nnx` namesakes."""
 
+from .activation import (
+    PReLU as PReLU,
+)
 from .conv import (
     Conv as Conv,
     ConvTranspose as ConvTranspose,
@@ -29,11 +32,13 @@ from .normalization import (
     BatchNorm as BatchNorm,
     Dropout as Dropout,
     GroupNorm as GroupNorm,
+    InstanceNorm as InstanceNorm,
     LayerNorm as LayerNorm,
     RMSNorm as RMSNorm,
 )
 from .recurrent import (
     RNN as RNN,
+    Bidirectional as Bidirectional,
     GRUCell as GRUCell,
     LSTMCell as LSTMCell,
     OptimizedLSTMCell as OptimizedLSTMCell,
@@ -48,4 +53,8 @@ from .transformer import (
     branch_norm as branch_norm,
     post_norm as post_norm,
     pre_norm as pre_norm,
+)
+from .weight_norm import (
+    SpectralNorm as SpectralNorm,
+    WeightNorm as WeightNorm,
 )

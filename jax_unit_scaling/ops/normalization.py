@@ -257,3 +257,35 @@ def _affine(y: Array, x: Array, scale: Array | None, bias: Array | None) -> Arra
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
     return y.astype(jnp.result_type(x, *(p for p in (scale, bias) if p is not None)))
+
+
+def spectral_norm(
+    kernel: Float[Array, "*in out"],
+    u: Float[Array, "1 out"],
+    *,
+    n_steps: int = 1,
+    epsilon: float = 1e-12,
+) -> tuple[Float[Array, "*in out"], Float[Array, "1 out"], Float[Array, ""]]:
+    """`kernel` with the spectral norm that a matrix of unit-normal numbers has.
+
+    Power iteration from `u` improves the largest singular value, sigma, by `n_steps`.
+    Returns the kernel (sqrt(m) + sqrt(n)) / sigma, all axes but the last being the m
+    rows of a matrix; and u and sigma, which get no gradient. So a unit-normal kernel
+    stays as it is, and its gradient with it, but for the component along sigma.
+
+    Reference: Spectral normalization (Miyato et al., 2018), section 2.1; the limit of
+    the largest singular value is that of Bai & Yin (1988).
+    """
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    for _ in range(n_steps):
+        v = _normalised(u @ matrix.T, epsilon)
+        u = _normalised(v @ matrix, epsilon)
+    u, v = lax.stop_gradient((u, v))
+    sigma = (v @ matrix @ u.T)[0, 0]
+    expected = math.sqrt(matrix.shape[0]) + math.sqrt(matrix.shape[1])
+    y = kernel * (expected / jnp.where(sigma == 0, 1, sigma))
+    return y, u, lax.stop_gradient(sigma)
+
+
+def _normalised(x: Array, epsilon: float) -> Array:
+    return x * lax.rsqrt(jnp.sum(x * x, keepdims=True) + epsilon)
