@@ -88,6 +88,7 @@ from .ops.normalization import (
     group_norm as group_norm,
     layer_norm as layer_norm,
     rms_norm as rms_norm,
+    spectral_norm as spectral_norm,
 )
 from .ops.pooling import (
     avg_pool as avg_pool,
