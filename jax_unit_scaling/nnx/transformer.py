@@ -78,6 +78,16 @@ class _Attention:
         )
 
 
+def with_constraint(
+    attention_fn: Callable[..., jax.Array], constraint: Constraint | None
+) -> Callable[..., jax.Array]:
+    """The attention of a `MultiHeadAttention` under another constraint than that of its
+    projections; a user's own attention has none."""
+    if not isinstance(attention_fn, _Attention):
+        return attention_fn
+    return dataclasses.replace(attention_fn, constraint=constraint)
+
+
 def _positions(module: Any, query: jax.Array) -> jax.Array:
     if module.cache_index is None:
         raise ValueError("`decode` needs a cache: call `init_cache` first.")
