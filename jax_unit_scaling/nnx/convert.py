@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ..formats import Formats
@@ -28,6 +29,13 @@ def unscaled(*factors: float) -> float:
     return 1.0
 
 
+Options = Callable[[Any, dict[str, Any]], dict[str, Any]]
+
+
+def _as_given(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+    return given
+
+
 @dataclasses.dataclass(frozen=True)
 class Counterpart:
     """The unit-scaled module that takes the place of one of Flax.
@@ -45,19 +53,27 @@ class Counterpart:
     weights: tuple[str, ...] = ()
     takes: tuple[str, ...] = ("batch_axis_name",)
     divides: bool = False
-    options: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda _, given: given
+    options: Options = _as_given
 
 
-def _product(kind: type, *weights: str, divides: bool = True) -> Counterpart:
-    def plain(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-        return given if divides else {**given, "constraint": unscaled}
-
+def _product(kind: type, *weights: str, **more: Any) -> Counterpart:
     takes = ("formats", "batch_axis_name")
-    return Counterpart(kind, weights, takes, divides, plain)
+    return Counterpart(kind, weights, takes, **{"divides": True} | more)
 
 
-def _group_norm(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-    return {**given, "group_size": None}  # which Flax sets beside `num_groups`
+def _plain(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+    return {**given, "constraint": unscaled}
+
+
+def _group_norm(layer: Any, given: dict[str, Any]) -> dict[str, Any]:
+    # Flax keeps both counts, takes one of them, and forgets how many features.
+    features = layer.num_groups * layer.group_size
+    return {**given, "num_features": features, "group_size": None}
+
+
+def _rank(layer: Any, given: dict[str, Any]) -> dict[str, Any]:
+    adapter = getattr(layer, "lora", layer)
+    return {**given, "lora_rank": adapter.lora_a.shape[1]}
 
 
 def _prelu(layer: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -74,16 +90,16 @@ def _attention(layer: Any, given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-# Each Flax layer's counterpart: a layer of Flax that has parameters is converted by this
-# table or refused.
+# Each Flax layer's counterpart: one that has parameters is converted by this table, or
+# refused.
 COUNTERPARTS: dict[type, Counterpart] = {
     nnx.Linear: _product(Linear, "kernel"),
     nnx.LinearGeneral: _product(LinearGeneral, "kernel"),
     nnx.Einsum: _product(Einsum, "kernel"),
-    nnx.Conv: _product(Conv, "kernel", divides=False),
-    nnx.ConvTranspose: _product(ConvTranspose, "kernel", divides=False),
-    nnx.LoRA: _product(LoRA, "lora_a", "lora_b"),
-    nnx.LoRALinear: _product(LoRALinear, "kernel"),
+    nnx.Conv: _product(Conv, "kernel", divides=False, options=_plain),
+    nnx.ConvTranspose: _product(ConvTranspose, "kernel", divides=False, options=_plain),
+    nnx.LoRA: _product(LoRA, "lora_a", "lora_b", options=_rank),
+    nnx.LoRALinear: _product(LoRALinear, "kernel", options=_rank),
     nnx.Embed: Counterpart(Embed, ("embedding",), ("batch_axis_name", "tied")),
     nnx.LayerNorm: Counterpart(LayerNorm),
     nnx.RMSNorm: Counterpart(RMSNorm),
@@ -97,7 +113,7 @@ COUNTERPARTS: dict[type, Counterpart] = {
     nnx.RNN: Counterpart(RNN, takes=()),
     nnx.Bidirectional: Counterpart(Bidirectional, takes=()),
 }
-REFUSED = {
+REFUSED: dict[type, str] = {
     nnx.WeightNorm: "it changes its layer's weights, and their scale, at each call",
     nnx.SpectralNorm: "it changes its layer's weights, and their scale, at each call",
 }
@@ -240,12 +256,13 @@ def _parameters(module: nnx.Module) -> dict[str, nnx.Param[Any]]:
 
 
 def _has_state(value: Any) -> bool:
+    """Whether it holds variables, or arrays such as a convolution's mask."""
     leaves = jax.tree.leaves(value, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    return any(isinstance(leaf, nnx.Variable) for leaf in leaves)
+    return any(isinstance(x, nnx.Variable | jax.Array | np.ndarray) for x in leaves)
 
 
 def _counterpart(layer: Any, where: str) -> Counterpart:
-    flax_type = type(layer)
+    flax_type: type = type(layer)
     if flax_type in REFUSED:
         raise ValueError(
             f"`module` has a {flax_type.__name__} that cannot be converted at {where}: "
@@ -289,7 +306,7 @@ def _skeleton(
 
 def _parameter(
     old: nnx.Param[Any], new: nnx.Param[Any], divided: bool
-) -> tuple[nnx.Param[Any], float]:
+) -> tuple[nnx.Variable[Any], float]:
     """The old parameter with the new one's role, and the scale it is divided by."""
     value = old[...]
     scale = _scale(value) if divided else 1.0
