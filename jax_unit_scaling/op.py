@@ -69,6 +69,14 @@ class Zeros:
 
 
 @dataclasses.dataclass(frozen=True)
+class Constant:
+    """A case's argument that starts at one value, as a negative slope does."""
+
+    shape: tuple[int, ...]
+    value: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Key:
     """A case's argument that is a random key."""
 

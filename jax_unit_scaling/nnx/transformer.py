@@ -1,5 +1,6 @@
 """Attention, MLP, and Transformer blocks with u-muP's residual rule."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,16 @@ class _Attention(Attention):
             module.cached_value[...] = cache.value
             module.cache_index[...] = cache.filled
         return y
+
+
+def with_constraint(
+    attention_fn: Callable[..., jax.Array], constraint: Constraint | None
+) -> Callable[..., jax.Array]:
+    """The attention of a `MultiHeadAttention` under another constraint than that of its
+    projections; a user's own attention has none."""
+    if not isinstance(attention_fn, _Attention):
+        return attention_fn
+    return dataclasses.replace(attention_fn, constraint=constraint)
 
 
 def _cache(module: Any) -> Cache:

@@ -101,25 +101,35 @@ def dot_general(
 
 
 def _linear_rule(
-    x: Any, kernel: Any, bias: Any = None, *, axis: int | Sequence[int], **_: Any
+    x: Any,
+    kernel: Any,
+    bias: Any = None,
+    *,
+    axis: int | Sequence[int],
+    batch_axes: int = 0,
+    **_: Any,
 ) -> Factors:
     axes = _axes(x, axis)
-    fan_in, out = kernel.shape[: len(axes)], kernel.shape[len(axes) :]
-    if fan_in != tuple(x.shape[a] for a in axes):
+    shared = tuple(range(batch_axes)) + axes
+    sizes, out = tuple(x.shape[a] for a in shared), kernel.shape[len(shared) :]
+    if kernel.shape[: len(shared)] != sizes or len({*shared}) != len(shared):
         raise ValueError(
-            f"`kernel` must begin with the sizes of `x`'s axes {axis}, "
-            f"{tuple(x.shape[a] for a in axes)}, got shape {kernel.shape} for `x` of "
-            f"shape {x.shape}."
+            f"`kernel` must begin with the sizes of `x`'s axes {shared}, each once, "
+            f"{sizes}, got shape {kernel.shape} for `x` of shape {x.shape}."
         )
-    if bias is not None and bias.shape != out:
+    bias_shape = out
+    if batch_axes:
+        free = len(x.shape) - len(shared)
+        bias_shape = (*sizes[:batch_axes], *free * (1,), *out)
+    if bias is not None and bias.shape != bias_shape:
         raise ValueError(
-            f"`bias` must have the shape {out} of the rest of `kernel` "
+            f"`bias` must have the shape {bias_shape} of the rest of `kernel` "
             f"{kernel.shape}, got {bias.shape}."
         )
     terms = math.prod(x.shape) * math.prod(out)
     return factors_of_sum(
         terms,
-        out=terms // max(math.prod(fan_in), 1),
+        out=terms // max(math.prod(sizes[batch_axes:]), 1),
         x=math.prod(x.shape),
         kernel=math.prod(kernel.shape),
         bias=math.prod(kernel.shape),  # summed over the batch, as each weight is
@@ -142,13 +152,27 @@ _LINEAR_CASES = (
 )
 
 
-@scaled_op(rule=_linear_rule, parameters=("kernel", "bias"), cases=_LINEAR_CASES)
+@scaled_op(
+    rule=_linear_rule,
+    parameters=("kernel", "bias"),
+    cases=(
+        *_LINEAR_CASES,
+        case(
+            (4, 96, 64),
+            (4, 64, 32, 128),
+            Zeros((4, 1, 32, 128)),
+            axis=-1,
+            batch_axes=1,
+        ),
+    ),
+)
 def linear(
     x: Float[Array, "..."],
     kernel: Float[Array, "..."],
     bias: Float[Array, "..."] | None = None,
     *,
     axis: int | Sequence[int] = -1,
+    batch_axes: int = 0,
     dot_general: DotGeneral = lax.dot_general,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
@@ -160,7 +184,9 @@ def linear(
     """Unit-scaled `x @ kernel + bias`: x [..., in], kernel [in, out], bias [out].
 
     Contracts `axis` of `x` with the leading axes of `kernel`; `in` and `out` may each
-    be several axes. `dot_general` computes the plain product.
+    be several axes. `dot_general` computes the plain product. `x` and `kernel` may have
+    `batch_axes` leading axes in common, with a kernel of its own for each place on them
+    (and `bias` then has axes of size one for those of `x` that are left).
 
     Factors: in^-1/2 forward, out^-1/2 for `x`, batch^-1/2 for `kernel` and `bias`. The
     bias is added after the forward factor.
@@ -168,7 +194,9 @@ def linear(
     Reference: Unit Scaling (Blake et al., 2023), table A.2; u-muP, table 2.
     """
     axes = _axes(x, axis)
-    numbers = ((axes, tuple(range(len(axes)))), ((), ()))
+    batch = tuple(range(batch_axes))
+    contracted = tuple(range(batch_axes, batch_axes + len(axes)))
+    numbers = ((axes, contracted), (batch, batch))
     options = _options(precision, preferred_element_type, out_sharding)
     product = ft.partial(dot_general, dimension_numbers=numbers, **options)
     y = rounded(product, formats)(x, kernel)
