@@ -23,9 +23,21 @@ sees them. The factors then belong to the *structure* of its state: constants to
 nothing to donate, and nothing in a checkpoint; a run that is restored takes them from
 the model that it builds.
 
-The gradients of a loss of this library are those of the sum: they are summed over
-devices (`psum`, with `batch_axis_name=` for the operations) and over accumulation steps
-(`multi_steps`), never averaged.
+The gradients of a loss of this library are those of the sum over examples, so they are
+summed over devices and accumulation steps, never averaged. One machine or many, the
+update is then the same:
+
+- `jit` with shardings (data parallel, FSDP, tensor parallel): nothing is needed.
+- `shard_map`, `pmap`, a `vmap` over examples: `batch_axis_name="data"` for the modules
+  (or operations) and the loss, and
+
+      grads = jax.grad(loss)(params, piece_of_the_batch)
+      grads = optim.sum_gradients(grads, "data")
+
+- Tensor parallel inside `shard_map`: `model_axis_name="model"` for `MLP`,
+  `MultiHeadAttention` and `TransformerBlock`; for other layers see `linear`.
+- Accumulation: `multi_steps(optimiser, every)`, or a sum of your own and `optax.scale(
+  every**-0.5)`.
 
 References: u-muP (Blake et al., 2024), table 2 and section 3; Tensor Programs V (Yang
 et al., 2022), for SGD and Adam.
@@ -39,8 +51,10 @@ from typing import Any
 
 import jax
 import optax
+from jax import lax
 
 from .constraints import Constraint, apply_constraint
+from .op import AxisName, sums_cotangents
 from .parameters import (
     Overrides as Overrides,
     ParameterInfo as ParameterInfo,
@@ -352,6 +366,16 @@ def _is_matrix(info: ParameterInfo) -> bool:
 
 def _masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
+
+
+def sum_gradients(grads: Any, axis_name: AxisName) -> Any:
+    """The gradients of the whole batch, from those of the pieces along the named axes.
+
+    It is `lax.psum` in `pmap` and `vmap`. In `shard_map`, by default (`check_vma`), JAX
+    has summed already the gradients of what all devices share, and a `psum` would
+    multiply them by the number of devices: there they are returned as they are.
+    """
+    return grads if sums_cotangents(axis_name) else lax.psum(grads, axis_name)
 
 
 def multi_steps(

@@ -30,6 +30,9 @@ class Linear(nnx.Linear):
         constraint: makes the output's and the input's factor agree.
         batch_axis_name: axes over which the batch is split, inside `shard_map`, `pmap`
             or a `vmap` over examples.
+        in_axis_name, out_axis_name: axes over which the input and the output features
+            are split, inside `shard_map`: see `linear`. The sizes stay those of the
+            whole; the layer is built outside, and its parameters come in as pieces.
         output_scale: multiplies the output, before the bias, and the input's cotangent,
             but not the kernel's: a weight's own scale, which `convert` keeps here.
     """
@@ -49,6 +52,8 @@ class Linear(nnx.Linear):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        in_axis_name: AxisName | None = None,
+        out_axis_name: AxisName | None = None,
         output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
@@ -66,6 +71,8 @@ class Linear(nnx.Linear):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.in_axis_name = in_axis_name
+        self.out_axis_name = out_axis_name
         self.output_scale = output_scale
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -115,6 +122,8 @@ class LinearGeneral(nnx.LinearGeneral):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        in_axis_name: AxisName | None = None,
+        out_axis_name: AxisName | None = None,
         output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
@@ -140,6 +149,8 @@ class LinearGeneral(nnx.LinearGeneral):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.in_axis_name = in_axis_name
+        self.out_axis_name = out_axis_name
         self.output_scale = output_scale
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -167,6 +178,8 @@ class Einsum(nnx.Einsum):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        in_axis_name: AxisName | None = None,
+        out_axis_name: AxisName | None = None,
         output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
@@ -185,6 +198,8 @@ class Einsum(nnx.Einsum):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.in_axis_name = in_axis_name
+        self.out_axis_name = out_axis_name
         self.output_scale = output_scale
 
     def __call__(
@@ -225,6 +240,8 @@ def _apply(layer: Any, op: Any, inputs: jax.Array, out_sharding: Any) -> jax.Arr
         formats=layer.formats,
         constraint=layer.constraint,
         batch_axis_name=layer.batch_axis_name,
+        in_axis_name=layer.in_axis_name,
+        out_axis_name=layer.out_axis_name,
     )
 
 

@@ -20,8 +20,8 @@ class LoRA(nnx.LoRA):
 
     A is unit-normal, and B zero: so the sum starts as the base, B's gradient at unit
     scale, and what is learnt reaches the base's scale as B reaches 1. Takes the
-    arguments of its namesake and those of `Linear`: formats, constraint and
-    batch_axis_name.
+    arguments of its namesake and those of `Linear`: formats, constraint and the names
+    of axes, of which `in_axis_name` concerns A and `out_axis_name` B.
     """
 
     def __init__(
@@ -37,6 +37,8 @@ class LoRA(nnx.LoRA):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        in_axis_name: AxisName | None = None,
+        out_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
@@ -58,18 +60,25 @@ class LoRA(nnx.LoRA):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.in_axis_name = in_axis_name
+        self.out_axis_name = out_axis_name
 
     def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
         y, *kernels = self.promote_dtype(
             (x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype
         )
-        for kernel in kernels:
+        splits = {
+            "in_axis_name": self.in_axis_name,
+            "out_axis_name": self.out_axis_name,
+        }
+        for kernel, (name, axes) in zip(kernels, splits.items(), strict=True):
             y = linear(
                 y,
                 kernel,
                 formats=self.formats,
                 constraint=self.constraint,
                 batch_axis_name=self.batch_axis_name,
+                **{name: axes},
             )
         return y if self.base_module is None else y + self.base_module(x, **kwargs)
 
@@ -112,5 +121,7 @@ class LoRALinear(nnx.LoRALinear, Linear):
             formats=self.formats,
             constraint=self.constraint,
             batch_axis_name=self.batch_axis_name,
+            in_axis_name=self.in_axis_name,
+            out_axis_name=self.out_axis_name,
             rngs=rngs,
         )
