@@ -370,7 +370,12 @@ def test_accumulated_gradients_make_the_same_update(way):
 # -- Operations and modules alone ------------------------------------------------------
 
 WITH_PARAMETERS = [name for name, op in OPS.items() if op.parameters]
-CASES = [f"{name}-{i}" for name in WITH_PARAMETERS for i in range(len(OPS[name].cases))]
+CASES = [
+    f"{name}-{i}"
+    for name in WITH_PARAMETERS
+    for i, case in enumerate(OPS[name].cases)
+    if {*OPS[name].parameters} & {*[*OPS[name]._signature.parameters][: len(case.args)]}
+]
 # The axis of the first activation that is batch, where it is not the first.
 BATCH_AXIS = {"dot_general-2": 1, "einsum_linear-0": 1}
 
@@ -378,8 +383,8 @@ BATCH_AXIS = {"dot_general-2": 1, "einsum_linear-0": 1}
 @pytest.mark.parametrize("name", WITH_PARAMETERS)
 def test_an_operation_with_parameters_takes_the_names_of_the_axes_of_its_batch(name):
     assert "batch_axis_name" in OPS[name]._signature.parameters, (
-        f"`{name}` has parameters, whose gradients are sums over the batch: give it the "
-        "keyword `batch_axis_name: AxisName | None = None`; `op.py` does the rest."
+        f"`{name}` has parameters, whose gradients are sums over the batch: give it "
+        "the keyword `batch_axis_name: AxisName | None = None`; `op.py` does the rest."
     )
 
 
@@ -434,15 +439,17 @@ def test_an_operation_on_a_split_batch_has_the_gradients_of_the_whole(case_id):
         return grads(parameters, x, halves, batch_axis_name="b")
 
     def all_ways(parameters, x, pieces):
-        mapped = jax.vmap(piece, in_axes=(None, 0), axis_name="b")(parameters, pieces)
+        mapped = jax.vmap(piece, in_axes=(None, 0), axis_name="b")
         sharded = jax.shard_map(
             lambda parameters, x: piece(parameters, x[0]),
             mesh=_mesh(b=2),
             in_specs=(P(), P("b")),
             out_specs=P(),
         )(parameters, pieces)
-        summed = jax.tree.map(lambda g: g.sum(0), mapped)
-        return grads(parameters, x, args), summed, sharded
+        if op is OPS["ragged_dot"]:  # JAX maps it over axes that all arrays have
+            return grads(parameters, x, args), sharded
+        summed = jax.tree.map(lambda g: g.sum(0), mapped(parameters, pieces))
+        return grads(parameters, x, args), sharded, summed
 
     want, *got = jax.jit(all_ways)(parameters, args[split], halves[split])
     assert want
@@ -563,21 +570,24 @@ def test_a_mixture_of_experts_on_a_split_batch_is_that_on_the_whole():
     def layer(**names):
         return jus.nnx.MoE(16, 32, 4, rngs=nnx.Rngs(0), **names)
 
-    def loss(graph, params, x):
+    def loss(graph, params, x, **names):
         y, losses = nnx.merge(graph, params)(x)
-        value = losses.load_balance + 0.3 * losses.z_loss
-        return jnp.sum(jnp.sin(y)) + value, value
+        value = jus.mse_loss(y, jnp.cos(x), **names)
+        return value + losses.load_balance + 0.3 * losses.z_loss
 
     graph, params = nnx.split(layer())
-    split = nnx.graphdef(layer(batch_axis_name="b"))
     x = jax.random.normal(jax.random.key(1), (8, 6, 16))
-    grad = jax.grad(loss, argnums=1, has_aux=True)
-    want, value = jax.jit(ft.partial(grad, graph))(params, x)
-    mapped = jax.vmap(ft.partial(grad, split), in_axes=(None, 0), axis_name="b")
-    each, values = jax.jit(mapped)(params, _pieces(x, 4))
-    np.testing.assert_allclose(values, jnp.full(4, value), rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(each), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a.sum(0), b, rtol=1e-5, atol=1e-5)
+    grad = jax.value_and_grad(loss, argnums=1)
+    want = jax.jit(ft.partial(grad, graph))(params, x)
+    mapped = jax.shard_map(
+        ft.partial(grad, nnx.graphdef(layer(batch_axis_name="b")), batch_axis_name="b"),
+        mesh=_mesh(b=4),
+        in_specs=(P(), P("b")),
+        out_specs=P(),
+    )
+    got = jax.jit(mapped)(params, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["in_axis_name", "out_axis_name"])

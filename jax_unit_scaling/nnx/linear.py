@@ -213,7 +213,10 @@ class Einsum(nnx.Einsum):
         ) -> jax.Array:
             if bias is not None:
                 shape = self._infer_broadcasted_bias_shape(subscripts, x, kernel)
-                bias = bias.reshape(shape)
+                # Flax's are the whole's sizes; the bias may be a piece.
+                pairs = zip(bias.shape, self.bias_shape or (), strict=True)
+                sizes = iter([n for n, whole in pairs if whole != 1])
+                bias = bias.reshape([1 if n == 1 else next(sizes) for n in shape])
             return einsum_linear(subscripts, x, kernel, bias, einsum=product, **options)
 
         return _apply(self, op, inputs, out_sharding)

@@ -1,5 +1,6 @@
 """Low-rank adapters, drop-in for their `flax.nnx` namesakes."""
 
+import functools as ft
 from typing import Any
 
 import jax
@@ -64,22 +65,17 @@ class LoRA(nnx.LoRA):
         self.out_axis_name = out_axis_name
 
     def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
-        y, *kernels = self.promote_dtype(
+        y, a, b = self.promote_dtype(
             (x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype
         )
-        splits = {
-            "in_axis_name": self.in_axis_name,
-            "out_axis_name": self.out_axis_name,
-        }
-        for kernel, (name, axes) in zip(kernels, splits.items(), strict=True):
-            y = linear(
-                y,
-                kernel,
-                formats=self.formats,
-                constraint=self.constraint,
-                batch_axis_name=self.batch_axis_name,
-                **{name: axes},
-            )
+        product = ft.partial(
+            linear,
+            formats=self.formats,
+            constraint=self.constraint,
+            batch_axis_name=self.batch_axis_name,
+        )
+        y = product(y, a, in_axis_name=self.in_axis_name)
+        y = product(y, b, out_axis_name=self.out_axis_name)
         return y if self.base_module is None else y + self.base_module(x, **kwargs)
 
 

@@ -164,7 +164,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         inits = {"out": out_kernel_init or kernel_init}
         for name in ("query", "key", "value", "out"):
             plain = getattr(self, name)
-            heads = "in_axis_name" if name == "out" else "out_axis_name"
+            heads_first = name == "out"
             projection = LinearGeneral(
                 plain.in_features,
                 plain.out_features,
@@ -182,7 +182,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 formats=formats,
                 constraint=constraint,
                 batch_axis_name=batch_axis_name,
-                **{heads: model_axis_name},
+                in_axis_name=model_axis_name if heads_first else None,
+                out_axis_name=None if heads_first else model_axis_name,
                 rngs=rngs,
             )
             if plain.bias is not None and projection.bias is not None:

@@ -7,7 +7,9 @@ therefore summed, not averaged.
 Where a device sees a piece of the batch (`shard_map`, `pmap`, a `vmap` over examples),
 `batch_axis_name` names the axes that split it. The value is then that of the whole
 batch, with the examples that `where` selects counted over all of it, on every device;
-the gradient is unchanged: each piece gets its own.
+the gradient is unchanged: each piece gets its own. Give it to all losses that are added
+up, a router's included: inside `shard_map` JAX counts a loss of the whole that is added
+to one of a piece once for each device.
 """
 
 import functools as ft
