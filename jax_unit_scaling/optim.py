@@ -17,6 +17,10 @@ weigh about depth^-1/2 each, but their updates are aligned and add up to depth^1
 - SGD's update is the gradient. In a unit-scaled model it has unit scale too: c again.
   In a model whose readout is constrained it has not: see `sgd`.
 - Muon's update is an orthogonal matrix: see `muon`.
+- Shampoo's, (G G^T)^-1/4 G (G^T G)^-1/4 for one gradient, is the same matrix, so its
+  rule is `muon_rule`; grafted onto Adam's size, or as SOAP, which is Adam in a turned
+  basis, it is `adam_rule`. optax has none of them, so none is ready-made here: put
+  `scale_by_umup(rule=...)` behind one of your own.
 
 Role, fan-in and depth are metadata of the parameters, read when an optimiser's `init`
 sees them. The factors then belong to the *structure* of its state: constants to `jit`,
@@ -40,7 +44,8 @@ update is then the same:
   every**-0.5)`.
 
 References: u-muP (Blake et al., 2024), table 2 and section 3; Tensor Programs V (Yang
-et al., 2022), for SGD and Adam.
+et al., 2022), for SGD and Adam; Old Optimizer, New Norm (Bernstein & Newhouse, 2024),
+section 2.2, for Shampoo.
 """
 
 import dataclasses
@@ -276,7 +281,9 @@ def sgd(
     c(1 / in, out^-1/2) in place of out^-1/2, which makes the gradients of all but its
     own parameters smaller: for `to_output_scale` by out^1/2 / in. So there a weight's
     rate *grows* with width, as in / fan_in^1/2: muP's rule for SGD. Give the readout's
-    constraint as `readout_constraint`, and both readings make the same update.
+    constraint as `readout_constraint`, and every rate makes up for what is lost. Under
+    `to_output_scale`, which leaves the logits alone, both readings then make the same
+    update.
 
     Raises:
         ValueError: in `init`, if there is a constraint and not one readout's weight.
