@@ -2,7 +2,7 @@
 
 import functools as ft
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,11 +11,12 @@ from jax import lax
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
+from ..layers.linear import apply_linear, times
 from ..op import AxisName
 from ..ops.contraction import einsum_fan_in, einsum_linear, linear, linear_readout
 from ..ops.embedding import embedding
 from ..parameters import Role, role_metadata
-from ..scale import scale_bwd, scale_fwd
+from ..scale import scale_fwd
 
 # What unit scaling starts from: every weight has unit variance.
 unit_normal = nnx.initializers.normal(1.0)
@@ -76,7 +77,7 @@ class Linear(nnx.Linear):
         self.output_scale = output_scale
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        product = _times(self.dot_general, self.output_scale)
+        product = times(self.dot_general, self.output_scale)
         op = ft.partial(self._op, dot_general=product)
         return _apply(self, op, inputs, out_sharding)
 
@@ -155,7 +156,7 @@ class LinearGeneral(nnx.LinearGeneral):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         product = self.dot_general_cls() if self.dot_general_cls else self.dot_general
-        product = _times(product or lax.dot_general, self.output_scale)
+        product = times(product or lax.dot_general, self.output_scale)
         op = ft.partial(linear, axis=self.axis, dot_general=product)
         return _apply(self, op, inputs, out_sharding)
 
@@ -206,7 +207,7 @@ class Einsum(nnx.Einsum):
         self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None
     ) -> jax.Array:
         subscripts = (einsum_str or self.einsum_str).replace(" ", "")
-        product = _times(self.einsum_op, self.output_scale)
+        product = times(self.einsum_op, self.output_scale)
 
         def op(
             x: jax.Array, kernel: jax.Array, bias: jax.Array | None, **options: Any
@@ -222,27 +223,20 @@ class Einsum(nnx.Einsum):
         return _apply(self, op, inputs, out_sharding)
 
 
-def _times(product: Callable[..., jax.Array], factor: float) -> Any:
-    """A product times `factor`; the input's cotangent gets its own in `_apply`."""
-    return lambda *args, **kwargs: scale_fwd(product(*args, **kwargs), factor)
-
-
 def _apply(layer: Any, op: Any, inputs: jax.Array, out_sharding: Any) -> jax.Array:
     """What a linear layer does, whatever its shape: promote, and one call into ops."""
     bias = None if layer.bias is None else layer.bias[...]
     inputs, kernel, bias = layer.promote_dtype(
         (inputs, layer.kernel[...], bias), dtype=layer.dtype
     )
-    return op(
-        scale_bwd(inputs, layer.output_scale),
+    return apply_linear(
+        layer,
+        op,
+        inputs,
         kernel,
         bias,
-        precision=layer.precision,
         preferred_element_type=layer.preferred_element_type,
         out_sharding=out_sharding,
-        formats=layer.formats,
-        constraint=layer.constraint,
-        batch_axis_name=layer.batch_axis_name,
         in_axis_name=layer.in_axis_name,
         out_axis_name=layer.out_axis_name,
     )

@@ -1,6 +1,5 @@
 """Low-rank adapters, drop-in for their `flax.nnx` namesakes."""
 
-import functools as ft
 from typing import Any
 
 import jax
@@ -8,8 +7,8 @@ from flax import nnx
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
+from ..layers.linear import low_rank
 from ..op import AxisName
-from ..ops.contraction import linear
 from ..parameters import role_metadata
 from .linear import Linear, unit_normal
 
@@ -65,17 +64,15 @@ class LoRA(nnx.LoRA):
         self.out_axis_name = out_axis_name
 
     def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
-        y, a, b = self.promote_dtype(
+        arrays = self.promote_dtype(
             (x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype
         )
-        product = ft.partial(
-            linear,
-            formats=self.formats,
-            constraint=self.constraint,
-            batch_axis_name=self.batch_axis_name,
+        y = low_rank(
+            self,
+            *arrays,
+            in_axis_name=self.in_axis_name,
+            out_axis_name=self.out_axis_name,
         )
-        y = product(y, a, in_axis_name=self.in_axis_name)
-        y = product(y, b, out_axis_name=self.out_axis_name)
         return y if self.base_module is None else y + self.base_module(x, **kwargs)
 
 

@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..op import AxisName, axis_size
+from ..layers.normalization import (
+    check_axes,
+    check_group_axes,
+    check_mask,
+    scaled_affine,
+)
+from ..op import AxisName
 from ..ops.dropout import dropout
 from ..ops.normalization import group_norm, layer_norm, rms_norm
 from ..parameters import role_metadata
-from ..scale import scaled
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -35,11 +40,11 @@ class LayerNorm(nnx.LayerNorm):
             rngs=rngs,
             **namesake,
         )
-        _check_axes(self)
+        check_axes(self)
         self.batch_axis_name = batch_axis_name
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        _check_mask(mask)
+        check_mask(mask)
         x, scale, bias = self.promote_dtype(
             (x, _value(self.scale), _value(self.bias)), dtype=self.dtype
         )
@@ -70,11 +75,11 @@ class RMSNorm(nnx.RMSNorm):
             rngs=rngs,
             **namesake,
         )
-        _check_axes(self)
+        check_axes(self)
         self.batch_axis_name = batch_axis_name
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        _check_mask(mask)
+        check_mask(mask)
         x, scale = self.promote_dtype((x, _value(self.scale)), dtype=self.dtype)
         return rms_norm(
             x, scale, epsilon=self.epsilon, batch_axis_name=self.batch_axis_name
@@ -102,16 +107,11 @@ class GroupNorm(nnx.GroupNorm):
             rngs=rngs,
             **namesake,
         )
-        _check_axis_name(self)
-        if self.reduction_axes is not None:
-            raise ValueError(
-                "`reduction_axes` must be None, every axis but the first, got "
-                f"{self.reduction_axes}: reshape the input to one batch axis."
-            )
+        check_group_axes(self)
         self.batch_axis_name = batch_axis_name
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        _check_mask(mask)
+        check_mask(mask)
         x, scale, bias = self.promote_dtype(
             (x, _value(self.scale), _value(self.bias)), dtype=self.dtype
         )
@@ -163,17 +163,11 @@ class _PromoteAndScale:
 
     def __call__(self, arrays: Any, /, **options: Any) -> Any:
         x, mean, var, *affine = self.promote_dtype(arrays, **options)
-        batch = max(x.size // mean.size, 1) * axis_size(self.batch_axis_name)
-        # float32, as the statistics: float16 could not hold a sum over the batch.
-        wide = jnp.promote_types(x.dtype, jnp.float32)
         return (
             x,
             mean,
             var,
-            *(
-                None if p is None else scaled(p.astype(wide), bwd=batch**-0.5)
-                for p in affine
-            ),
+            *scaled_affine(affine, x, mean.size, self.batch_axis_name),
         )
 
 
@@ -207,25 +201,3 @@ class Dropout(nnx.Dropout):
 
 def _value(parameter: nnx.Param[jax.Array] | None) -> jax.Array | None:
     return None if parameter is None else parameter[...]
-
-
-def _check_axes(norm: Any) -> None:
-    for name in ("reduction_axes", "feature_axes"):
-        if getattr(norm, name) not in (-1, (-1,)):
-            raise ValueError(
-                f"`{name}` must be -1, the last axis, got {getattr(norm, name)}."
-            )
-    _check_axis_name(norm)
-
-
-def _check_axis_name(norm: Any) -> None:
-    if norm.axis_name is not None:
-        raise ValueError("`axis_name` must be None: statistics are over one example.")
-
-
-def _check_mask(mask: jax.Array | None) -> None:
-    if mask is not None:
-        raise ValueError(
-            "`mask` must be None: a masked norm has no factor that is known while "
-            "tracing."
-        )

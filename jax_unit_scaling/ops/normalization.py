@@ -134,7 +134,9 @@ def group_norm(
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     grouped = wide.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
     centred = grouped - grouped.mean((1, 3), keepdims=True)
-    y = centred * lax.rsqrt(jnp.mean(centred**2, (1, 3), keepdims=True) + epsilon)
+    y = centred * lax.rsqrt(
+        jnp.mean(lax.square(centred), (1, 3), keepdims=True) + epsilon
+    )
     return _affine(y.reshape(x.shape), x, scale, bias)
 
 
@@ -145,7 +147,7 @@ def _normalise(
     epsilon: float,
     bias: Array | None = None,
 ) -> Array:
-    y = wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon)
+    y = wide * lax.rsqrt(jnp.mean(lax.square(wide), -1, keepdims=True) + epsilon)
     return _affine(y, x, scale, bias)
 
 
