@@ -80,6 +80,8 @@ def dot_general(
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Unit-scaled `jax.lax.dot_general`; `rhs` is a parameter, as in a Flax module.
 
@@ -180,6 +182,8 @@ def linear(
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Unit-scaled `x @ kernel + bias`: x [..., in], kernel [in, out], bias [out].
 
@@ -190,6 +194,17 @@ def linear(
 
     Factors: in^-1/2 forward, out^-1/2 for `x`, batch^-1/2 for `kernel` and `bias`. The
     bias is added after the forward factor.
+
+    Inside `shard_map` each device sees a piece, and the factors are those of the whole
+    for the names of the mesh axes that split it:
+
+        batch_axis_name: the batch. Also in `pmap` and in a `vmap` over examples.
+        in_axis_name: the axes that are contracted, of `x` and `kernel`. The pieces'
+            products are added up over it (`psum`), before the bias.
+        out_axis_name: the output's axes, of `kernel` and `bias`.
+
+    So a feed-forward layer's first product has `out_axis_name="model"` and its second
+    `in_axis_name="model"`, as in Megatron.
 
     Reference: Unit Scaling (Blake et al., 2023), table A.2; u-muP, table 2.
     """
@@ -215,16 +230,12 @@ def _options(
     return {"precision": precision} | given
 
 
-def _readout_rule(x: Any, kernel: Any, bias: Any = None, **options: Any) -> Factors:
-    factors = _linear_rule(x, kernel, bias, **options)
-    return Factors(factors.fwd**2, factors.bwd)
-
-
 @scaled_op(
-    rule=_readout_rule,
+    rule=_linear_rule,
     parameters=("kernel", "bias"),
     cases=_LINEAR_CASES,
     unscaled=("out",),
+    fwd_power=2,
 )
 def linear_readout(
     x: Float[Array, "..."],
@@ -239,6 +250,8 @@ def linear_readout(
     formats: Formats | None = None,
     constraint: Constraint | None = None,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Unit-scaled `linear` for a model's last product, the way to its logits.
 
@@ -448,6 +461,8 @@ def einsum_linear(
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Unit-scaled `jnp.einsum` of an activation and a parameter, plus `bias`.
 
@@ -507,6 +522,8 @@ def ragged_dot(
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "m n"]:
     """Unit-scaled `jax.lax.ragged_dot`: each group of rows times its own matrix.
 
