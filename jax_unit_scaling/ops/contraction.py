@@ -42,6 +42,15 @@ def _dot_general_rule(
     lhs: Any, rhs: Any, dimension_numbers: DotDimensionNumbers, *_: Any, **__: Any
 ) -> Factors:
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    for name, x, axes in (
+        ("lhs", lhs, (*lhs_contract, *lhs_batch)),
+        ("rhs", rhs, (*rhs_contract, *rhs_batch)),
+    ):
+        if len({*axes}) < len(axes) or not all(0 <= i < len(x.shape) for i in axes):
+            raise ValueError(
+                f"`dimension_numbers` must name axes of `{name}`, each once, got "
+                f"{dimension_numbers} for shape {x.shape}."
+            )
     sizes = [lhs.shape[i] for i in lhs_contract], [rhs.shape[i] for i in rhs_contract]
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -456,6 +465,10 @@ def _ragged_dot_rule(
         raise ValueError(
             f"`group_sizes` must have the shape {rhs.shape[:1]}, one size for each "
             f"group of `rhs` {rhs.shape}, got {group_sizes.shape}."
+        )
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise TypeError(
+            f"`group_sizes` must be an array of integers, got {group_sizes.dtype}."
         )
     (m, k), n = lhs.shape, rhs.shape[2]
     return factors_of_sum(m * k * n, out=m * n, lhs=m * k, rhs=math.prod(rhs.shape))

@@ -16,8 +16,8 @@ def _embedding_rule(table: Any, ids: Any, **_: Any) -> Factors:
         )
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"`ids` must be an array of integers, got {ids.dtype}.")
-    tokens = math.prod(ids.shape)
-    return Factors(1.0, {"table": math.sqrt(table.shape[0] / max(tokens, 1))})
+    tokens = max(math.prod(ids.shape), 1)
+    return Factors(1.0, {"table": math.sqrt(max(table.shape[0], 1) / tokens)})
 
 
 @scaled_op(

@@ -10,7 +10,11 @@ from jaxtyping import Array, Float
 from ..op import AxisName, Factors, Zeros, case, scaled_op
 
 
-def _norm_rule(x: Any, scale: Any = None, bias: Any = None, **_: Any) -> Factors:
+def _norm_rule(
+    x: Any, scale: Any = None, bias: Any = None, *, epsilon: float, **_: Any
+) -> Factors:
+    if epsilon < 0:
+        raise ValueError(f"`epsilon` must be 0 or more, got {epsilon}.")
     if not x.shape:
         raise ValueError("`x` must have an axis to normalise over, got a scalar.")
     for name, p in (("scale", scale), ("bias", bias)):
@@ -24,8 +28,8 @@ def _norm_rule(x: Any, scale: Any = None, bias: Any = None, **_: Any) -> Factors
     return Factors(1.0, {"x": 1.0, "scale": shared, "bias": shared})
 
 
-def _rms_rule(x: Any, scale: Any = None, **_: Any) -> Factors:
-    factors = _norm_rule(x, scale)
+def _rms_rule(x: Any, scale: Any = None, **options: Any) -> Factors:
+    factors = _norm_rule(x, scale, **options)
     return Factors(factors.fwd, {k: factors.bwd[k] for k in ("x", "scale")})
 
 
@@ -82,10 +86,10 @@ def _group_norm_rule(
     *,
     num_groups: int | None,
     group_size: int | None,
-    **_: Any,
+    **options: Any,
 ) -> Factors:
     _groups(x, num_groups, group_size)
-    return _norm_rule(x, scale, bias)
+    return _norm_rule(x, scale, bias, **options)
 
 
 def _groups(x: Any, num_groups: int | None, group_size: int | None) -> int:
@@ -97,6 +101,10 @@ def _groups(x: Any, num_groups: int | None, group_size: int | None) -> int:
             f"second, got {num_groups} and {group_size}."
         )
     channels, divisor = x.shape[-1], num_groups or group_size or 0
+    if 0 in x.shape[1:]:
+        raise ValueError(
+            f"`x` must have one position and one channel or more, got shape {x.shape}."
+        )
     if divisor < 1 or channels % divisor:
         name = "num_groups" if num_groups is not None else "group_size"
         raise ValueError(
@@ -132,7 +140,9 @@ def group_norm(
     """
     groups = _groups(x, num_groups, group_size)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    grouped = wide.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    grouped = wide.reshape(
+        x.shape[0], math.prod(x.shape[1:-1]), groups, x.shape[-1] // groups
+    )
     centred = grouped - grouped.mean((1, 3), keepdims=True)
     y = centred * lax.rsqrt(
         jnp.mean(lax.square(centred), (1, 3), keepdims=True) + epsilon
