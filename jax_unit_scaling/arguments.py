@@ -1,4 +1,4 @@
-"""Arguments checked against a signature, so that an error names what the user passed."""
+"""Arguments checked against a signature, so that an error names what was passed."""
 
 import collections.abc
 import dataclasses
@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Union, get_args, get_origin
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from .scale import check_floating
 
@@ -88,11 +90,9 @@ def _words(annotation: Any) -> str:
     plain = {int: "an integer", float: "a Python number", type(None): "None"}
     if annotation in plain:
         return plain[annotation]
-    return (
-        getattr(annotation, "__name__", None)
-        if isinstance(annotation, type) and not get_args(annotation)
-        else str(annotation).replace("collections.abc.", "")
-    )
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    return str(annotation).replace("collections.abc.", "")
 
 
 def _predicate(annotation: Any) -> Predicate | None:
@@ -115,12 +115,14 @@ def _predicate(annotation: Any) -> Predicate | None:
     if annotation in _NUMBERS:
         kind = _NUMBERS[annotation]
         return lambda x: isinstance(x, kind) and not isinstance(x, bool)
+    if annotation is bool:
+        return lambda x: isinstance(x, bool | np.bool_)
     if annotation is inspect.Parameter.empty or not isinstance(annotation, type):
         return None
     return lambda x: isinstance(x, annotation)
 
 
-_NUMBERS = {int: numbers.Integral, float: numbers.Real}
+_NUMBERS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
 
 
 def _any_of(predicates: list[Predicate | None]) -> Predicate | None:
@@ -142,7 +144,7 @@ def _described(value: Any) -> str:
 
 def check_key(name: str, key: Any) -> None:
     """Refuses, by a TypeError, what is no random key, of either kind that JAX has."""
-    new = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    new = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not new and key.dtype != "uint32":
         raise TypeError(
             f"`{name}` must be a random key, got an array of {key.dtype}: pass "

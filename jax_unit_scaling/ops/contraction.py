@@ -51,16 +51,20 @@ def _dot_general_rule(
                 f"`dimension_numbers` must name axes of `{name}`, each once, got "
                 f"{dimension_numbers} for shape {x.shape}."
             )
-    sizes = [lhs.shape[i] for i in lhs_contract], [rhs.shape[i] for i in rhs_contract]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"`lhs` and `rhs` must agree on the contracting dimensions, got sizes "
-            f"{sizes[0]} of {lhs.shape} and {sizes[1]} of {rhs.shape}."
-        )
+    for kind, left, right in (
+        ("contracting", lhs_contract, rhs_contract),
+        ("batch", lhs_batch, rhs_batch),
+    ):
+        sizes = [lhs.shape[i] for i in left], [rhs.shape[i] for i in right]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"`lhs` and `rhs` must agree on the {kind} dimensions, got sizes "
+                f"{sizes[0]} of {lhs.shape} and {sizes[1]} of {rhs.shape}."
+            )
     shared = {*rhs_contract, *rhs_batch}
     free = math.prod(n for i, n in enumerate(rhs.shape) if i not in shared)
     terms = math.prod(lhs.shape) * free
-    contracted = math.prod(sizes[0])
+    contracted = math.prod(lhs.shape[i] for i in lhs_contract)
     return factors_of_sum(
         terms,
         out=terms // max(contracted, 1),
