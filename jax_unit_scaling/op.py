@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .arguments import Check, checks_of
 from .constraints import Constraint, apply_constraint
 from .scale import scaled
 
@@ -191,7 +192,16 @@ class Op(Generic[P, R]):
             raise TypeError(f"{self.__name__}{self._signature}: {e}.") from None
         bound.apply_defaults()
         names = [p for p in self._signature.parameters][: len(bound.args)]
-        return dict(zip(names, bound.args, strict=True)), dict(bound.kwargs)
+        arguments = dict(zip(names, bound.args, strict=True))
+        options = dict(bound.kwargs)
+        for check in self._checks:
+            given = arguments if check.name in arguments else options
+            check(given[check.name])
+        return arguments, options
+
+    @ft.cached_property
+    def _checks(self) -> tuple[Check, ...]:
+        return checks_of(self._signature, but=_ABOUT_FACTORS)
 
     def _factors(self, arguments: dict[str, Any], options: dict[str, Any]) -> Factors:
         keywords = {k: v for k, v in options.items() if k not in _ABOUT_FACTORS}

@@ -42,16 +42,29 @@ def _dot_general_rule(
     lhs: Any, rhs: Any, dimension_numbers: DotDimensionNumbers, *_: Any, **__: Any
 ) -> Factors:
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
-    sizes = [lhs.shape[i] for i in lhs_contract], [rhs.shape[i] for i in rhs_contract]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"`lhs` and `rhs` must agree on the contracting dimensions, got sizes "
-            f"{sizes[0]} of {lhs.shape} and {sizes[1]} of {rhs.shape}."
-        )
+    for name, x, axes in (
+        ("lhs", lhs, (*lhs_contract, *lhs_batch)),
+        ("rhs", rhs, (*rhs_contract, *rhs_batch)),
+    ):
+        if len({*axes}) < len(axes) or not all(0 <= i < len(x.shape) for i in axes):
+            raise ValueError(
+                f"`dimension_numbers` must name axes of `{name}`, each once, got "
+                f"{dimension_numbers} for shape {x.shape}."
+            )
+    for kind, left, right in (
+        ("contracting", lhs_contract, rhs_contract),
+        ("batch", lhs_batch, rhs_batch),
+    ):
+        sizes = [lhs.shape[i] for i in left], [rhs.shape[i] for i in right]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"`lhs` and `rhs` must agree on the {kind} dimensions, got sizes "
+                f"{sizes[0]} of {lhs.shape} and {sizes[1]} of {rhs.shape}."
+            )
     shared = {*rhs_contract, *rhs_batch}
     free = math.prod(n for i, n in enumerate(rhs.shape) if i not in shared)
     terms = math.prod(lhs.shape) * free
-    contracted = math.prod(sizes[0])
+    contracted = math.prod(lhs.shape[i] for i in lhs_contract)
     return factors_of_sum(
         terms,
         out=terms // max(contracted, 1),
@@ -499,6 +512,10 @@ def _ragged_dot_rule(
         raise ValueError(
             f"`group_sizes` must have the shape {rhs.shape[:1]}, one size for each "
             f"group of `rhs` {rhs.shape}, got {group_sizes.shape}."
+        )
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise TypeError(
+            f"`group_sizes` must be an array of integers, got {group_sizes.dtype}."
         )
     (m, k), n = lhs.shape, rhs.shape[2]
     return factors_of_sum(m * k * n, out=m * n, lhs=m * k, rhs=math.prod(rhs.shape))

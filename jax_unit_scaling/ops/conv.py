@@ -62,6 +62,10 @@ def _check(
             f"as many spatial axes as the window has, got shapes {kernel.shape} and "
             f"{x.shape}."
         )
+    if 0 in kernel.shape[:rank]:
+        raise ValueError(
+            f"`kernel` must have a window of 1 or more, got shape {kernel.shape}."
+        )
     if groups < 1 or d_in[0] * groups != x.shape[-1] or d_out[0] % groups:
         raise ValueError(
             f"`kernel` of shape {kernel.shape}, in {groups} group(s), must take the "
