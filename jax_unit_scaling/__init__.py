@@ -1,6 +1,12 @@
 """Unit scaling for JAX and Flax: low-precision training that works out of the box."""
 
-from . import analysis as analysis, formats as formats, nnx as nnx, optim as optim
+from . import (
+    analysis as analysis,
+    formats as formats,
+    linen as linen,
+    nnx as nnx,
+    optim as optim,
+)
 from .constraints import (
     amean as amean,
     gmean as gmean,

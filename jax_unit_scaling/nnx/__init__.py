@@ -1,5 +1,10 @@
 """Unit-scaled modules, drop-in for their `flax.nnx` namesakes."""
 
+from ..layers.transformer import (
+    branch_norm as branch_norm,
+    post_norm as post_norm,
+    pre_norm as pre_norm,
+)
 from .activation import (
     PReLU as PReLU,
 )
@@ -50,9 +55,6 @@ from .transformer import (
     MultiHeadAttention as MultiHeadAttention,
     TransformerBlock as TransformerBlock,
     TransformerStack as TransformerStack,
-    branch_norm as branch_norm,
-    post_norm as post_norm,
-    pre_norm as pre_norm,
 )
 from .weight_norm import (
     SpectralNorm as SpectralNorm,

@@ -5,17 +5,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax import lax
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
+from ..layers.linear import apply_conv, mask_factor, masked, times
 from ..op import AxisName
 from ..ops.conv import conv, conv_transpose
 from ..parameters import role_metadata
-from ..scale import scale_bwd, scale_fwd
-from .linear import times, unit_normal
+from ..scale import scale_bwd
+from .linear import unit_normal
 
 
 class _UnitScaled(nnx.Module):
@@ -65,26 +65,19 @@ class _UnitScaled(nnx.Module):
         product: Callable[..., jax.Array],
         **options: Any,
     ) -> jax.Array:
-        kernel = self.kernel[...]
-        if self.mask is not None:
-            kernel = scale_fwd(kernel * self.mask, self.mask_factor)
+        kernel = masked(self.kernel[...], self.mask, self.mask_factor)
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = self.promote_dtype(
             (inputs, kernel, bias), dtype=self.dtype
         )
-        return op(
+        return apply_conv(
+            self,
+            op,
             scale_bwd(inputs, self.output_scale),
             kernel,
             bias,
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
             conv_general_dilated=times(product, self.output_scale),
-            precision=self.precision,
             preferred_element_type=self.preferred_element_type,
-            formats=self.formats,
-            constraint=self.constraint,
-            batch_axis_name=self.batch_axis_name,
             **options,
         )
 
@@ -124,18 +117,4 @@ class ConvTranspose(_UnitScaled, nnx.ConvTranspose):
 
 
 def _mask_factor(layer: Any) -> float:
-    """What gives the masked kernel the rms 1."""
-    if layer.mask is None:
-        return 1.0
-    if isinstance(layer.mask, jax.core.Tracer):
-        raise ValueError(
-            "`mask` must be known when the module is built, as the scale depends on "
-            "it: make it with numpy, outside of `jit`."
-        )
-    mask = np.asarray(layer.mask, np.float64)
-    if mask.shape != layer.kernel_shape or not mask.any():
-        raise ValueError(
-            f"`mask` must have the kernel's shape {layer.kernel_shape} and leave some "
-            f"weights, got shape {mask.shape} with {np.count_nonzero(mask)} of them."
-        )
-    return float(np.mean(mask**2) ** -0.5)
+    return mask_factor(layer.mask, layer.kernel_shape)

@@ -11,6 +11,7 @@ from jax import lax
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
+from ..layers.linear import apply_linear, times
 from ..op import AxisName
 from ..ops.contraction import einsum_fan_in, einsum_linear, linear, linear_readout
 from ..ops.embedding import embedding
@@ -218,27 +219,20 @@ class Einsum(nnx.Einsum):
         return _apply(self, op, inputs, out_sharding)
 
 
-def times(product: Callable[..., jax.Array], factor: float) -> Any:
-    """A product times `factor`; the input's cotangent gets its own in `_apply`."""
-    return lambda *args, **kwargs: scale_fwd(product(*args, **kwargs), factor)
-
-
 def _apply(layer: Any, op: Any, inputs: jax.Array, out_sharding: Any) -> jax.Array:
     """What a linear layer does, whatever its shape: promote, and one call into ops."""
     bias = None if layer.bias is None else layer.bias[...]
     inputs, kernel, bias = layer.promote_dtype(
         (inputs, layer.kernel[...], bias), dtype=layer.dtype
     )
-    return op(
-        scale_bwd(inputs, layer.output_scale),
+    return apply_linear(
+        layer,
+        op,
+        inputs,
         kernel,
         bias,
-        precision=layer.precision,
         preferred_element_type=layer.preferred_element_type,
         out_sharding=out_sharding,
-        formats=layer.formats,
-        constraint=layer.constraint,
-        batch_axis_name=layer.batch_axis_name,
     )
 
 

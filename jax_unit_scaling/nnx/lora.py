@@ -7,8 +7,8 @@ from flax import nnx
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
+from ..layers.linear import low_rank
 from ..op import AxisName
-from ..ops.contraction import linear
 from ..parameters import role_metadata
 from ..scale import scale_bwd, scale_fwd
 from .linear import Linear, unit_normal
@@ -63,18 +63,11 @@ class LoRA(nnx.LoRA):
         self.output_scale = output_scale
 
     def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
-        y, *kernels = self.promote_dtype(
+        arrays = self.promote_dtype(
             (x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype
         )
-        y = scale_bwd(y, self.output_scale)
-        for kernel in kernels:
-            y = linear(
-                y,
-                kernel,
-                formats=self.formats,
-                constraint=self.constraint,
-                batch_axis_name=self.batch_axis_name,
-            )
+        x, *kernels = arrays
+        y = low_rank(self, scale_bwd(x, self.output_scale), *kernels)
         y = scale_fwd(y, self.output_scale)
         return y if self.base_module is None else y + self.base_module(x, **kwargs)
 

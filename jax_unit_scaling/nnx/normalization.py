@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..op import AxisName, axis_size
+from ..layers.normalization import (
+    scaled_affine,
+)
+from ..op import AxisName
 from ..ops.dropout import dropout
 from ..ops.normalization import group_norm, layer_norm, rms_norm
 from ..parameters import role_metadata
-from ..scale import scaled
 
 
 class _Norm(nnx.Module):
@@ -186,17 +188,11 @@ class _PromoteAndScale:
 
     def __call__(self, arrays: Any, /, **options: Any) -> Any:
         x, mean, var, *affine = self.promote_dtype(arrays, **options)
-        batch = max(x.size // mean.size, 1) * axis_size(self.batch_axis_name)
-        # float32, as the statistics: float16 could not hold a sum over the batch.
-        wide = jnp.promote_types(x.dtype, jnp.float32)
         return (
             x,
             mean,
             var,
-            *(
-                None if p is None else scaled(p.astype(wide), bwd=batch**-0.5)
-                for p in affine
-            ),
+            *scaled_affine(affine, x, mean.size, self.batch_axis_name),
         )
 
 

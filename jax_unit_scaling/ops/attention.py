@@ -319,11 +319,13 @@ def dot_product_attention(
         query, key, value = (quantize_fwd(x, formats.fwd) for x in (query, key, value))
     *batch, queries, heads, head_size = query.shape
     keys, kv_heads = key.shape[-3:-1]
-    group = heads // kv_heads
+    # A group of one gets no axis: its transposes would stay in the compiled program.
+    group = () if heads == kv_heads else (heads // kv_heads,)
+    g = "g" * len(group)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum(
-        "...qhgd,...khd->...hgqk",
-        query.reshape(*batch, queries, kv_heads, group, head_size),
+        f"...qh{g}d,...khd->...h{g}qk",
+        query.reshape(*batch, queries, kv_heads, *group, head_size),
         key,
         precision=precision,
         preferred_element_type=wide,
@@ -348,8 +350,8 @@ def dot_product_attention(
             weights, dropout_key, rate=dropout_rate, broadcast_dims=shared
         )
     y = jnp.einsum(
-        "...hgqk,...khd->...qhgd",
-        weights.reshape(*batch, kv_heads, group, queries, keys),
+        f"...h{g}qk,...khd->...qh{g}d",
+        weights.reshape(*batch, kv_heads, *group, queries, keys),
         value,
         precision=precision,
     ).reshape(query.shape)

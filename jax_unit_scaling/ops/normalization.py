@@ -113,7 +113,7 @@ def layer_norm(
     mean = _averager(axes, where, axis_name, axis_index_groups)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - mean(wide)
-    y = centred * lax.rsqrt(mean(centred**2) + epsilon)
+    y = centred * lax.rsqrt(mean(lax.square(centred)) + epsilon)
     return _affine(y, x, scale, bias)
 
 
@@ -144,7 +144,7 @@ def rms_norm(
     axes = _axes(x, axis)
     mean = _averager(axes, where, axis_name, axis_index_groups)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    y = wide * lax.rsqrt(mean(wide**2) + epsilon)
+    y = wide * lax.rsqrt(mean(lax.square(wide)) + epsilon)
     return _affine(y, x, scale, None)
 
 
@@ -232,7 +232,7 @@ def group_norm(
     mean = _averager(_group_axes(x, axis), where, axis_name, axis_index_groups)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(shape)
     centred = wide - mean(wide)
-    y = centred * lax.rsqrt(mean(centred**2) + epsilon)
+    y = centred * lax.rsqrt(mean(lax.square(centred)) + epsilon)
     return _affine(y.reshape(x.shape), x, scale, bias)
 
 
