@@ -80,7 +80,8 @@ class SpectralNorm(nnx.SpectralNorm):
                 kernel, u[...], n_steps=self.n_steps, epsilon=self.epsilon
             )
             if update:
-                u[...], sigma[...] = new_u, new_sigma
+                u[...] = new_u.astype(u.dtype)
+                sigma[...] = new_sigma.astype(sigma.dtype)
             return y if self.dtype is None else y.astype(self.dtype)
 
         return with_weights(self.layer_instance, nnx.Param, normalised)(x)
