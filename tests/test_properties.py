@@ -11,13 +11,10 @@ import traceback
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
-import jax_unit_scaling as jus
-from jax_unit_scaling import formats
 from jax_unit_scaling.op import OPS
 
 # The same examples in each run, so that a failure is that of a change.
