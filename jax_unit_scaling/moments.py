@@ -25,12 +25,22 @@ class Moments(NamedTuple):
 # at 0, 1 or 1/8, and the square of the width elsewhere; a jump, as of a kink's
 # derivative, costs at most its width times the density: 1e-5.
 _WIDTH = 2.0**-15
-_GRID = (np.arange(-12.0, 12.0, _WIDTH) + _WIDTH / 2).astype(np.float64)
+
+
+@ft.cache
+def _grid() -> np.ndarray:  # not made at import
+    return np.arange(-12.0, 12.0, _WIDTH) + _WIDTH / 2
+
+
 # A second rule, to judge the first by: every third point, the midpoints of cells three
 # times as wide, out to ten deviations. Where the two disagree the integral has a pole
 # or its weight lies in the far tail, and where `f` itself disagrees on the common
 # points it is not elementwise.
-_COARSE = np.flatnonzero(np.abs(_GRID) < 10)[1::3]
+@ft.cache
+def _coarse() -> np.ndarray:
+    return np.flatnonzero(np.abs(_grid()) < 10)[1::3]
+
+
 _AGREEMENT = 1e-3
 
 
@@ -48,15 +58,16 @@ def moments(f: Callable[..., jax.Array], **options: Hashable) -> Moments:
     """
     name = getattr(f, "__name__", repr(f))
     f = ft.partial(f, **options)
-    y, dy = _evaluate(f, _GRID)
-    coarse, _ = _evaluate(f, _GRID[_COARSE])
-    if not np.allclose(coarse, y[_COARSE], rtol=1e-6, atol=1e-12, equal_nan=True):
+    grid, some = _grid(), _coarse()
+    y, dy = _evaluate(f, grid)
+    coarse, _ = _evaluate(f, grid[some])
+    if not np.allclose(coarse, y[some], rtol=1e-6, atol=1e-12, equal_nan=True):
         raise ValueError(
             f"`{name}` is not elementwise: its value at a point depends on the other "
             "points. Only functions of one number at a time have factors of this kind."
         )
-    fine = _integrate(y, dy, _GRID)
-    rough = _integrate(coarse, dy[_COARSE], _GRID[_COARSE])
+    fine = _integrate(y, dy, grid)
+    rough = _integrate(coarse, dy[some], grid[some])
     if not (np.isfinite(fine).all() and _agree(fine, rough)):
         raise ValueError(
             f"`{name}` has no finite second moment under a standard normal input, for "
@@ -142,6 +153,10 @@ def _cpu() -> "jax.Device | None":
         return None
 
 
+# The grid has (180 std)^2 points: here 33 million, of 8 bytes.
+_WIDEST = 32.0
+
+
 class SoftmaxMoments(NamedTuple):
     """Moments of p = softmax(x), x independent normals, for several lengths n.
 
@@ -166,7 +181,15 @@ def softmax_moments(std: float, lengths: np.ndarray) -> SoftmaxMoments:
 
     All integrands are smooth and vanish at both ends, where the trapezoidal rule
     converges faster than any power of its step.
+
+    Raises:
+        ValueError: if `std` is above 32.
     """
+    if std > _WIDEST:
+        raise ValueError(
+            f"`mult` must leave the logits a standard deviation of {_WIDEST} or less, "
+            f"got {std:.4g}: their softmax is nearly one-hot, and hardly trains."
+        )
     n = np.asarray(lengths, np.float64)[:, None]
     step = 0.1  # of u, and of std Z: h_k varies on a scale of one
     # p <= 1 bounds what lies outside: nine deviations of Z hold all but 2e-19 of it;

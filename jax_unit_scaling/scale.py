@@ -3,6 +3,8 @@
 import functools as ft
 import math
 import numbers
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ def scaled(
 
     Reference: Unit Scaling (Blake et al., 2023), section 5.1, "scaled op".
     """
-    x = _floating(x)
+    x = floating(x)
     fwd, bwd = check_factor("fwd", fwd), check_factor("bwd", bwd)
     return x if fwd == bwd == 1.0 else _scaled(x, fwd, bwd)
 
@@ -43,23 +45,26 @@ def scale_bwd(x: Float[Array, "*shape"], s: float) -> Float[Array, "*shape"]:
     return scaled(x, bwd=s)
 
 
-@ft.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _scaled(x: Array, fwd: float, bwd: float) -> Array:
-    return _times(x, fwd)
+    return _scaling(fwd, bwd)(x)
 
 
-def _scaled_fwd(x: Array, fwd: float, bwd: float) -> tuple[Array, None]:
-    return _scaled(x, fwd, bwd), None
+# A function for each pair of factors, kept, is traced twice as fast as one function
+# with `nondiff_argnums`; a large model has a few dozen pairs.
+@ft.lru_cache(maxsize=4096)
+def _scaling(fwd: float, bwd: float) -> Callable[[Array], Array]:
+    """`x -> fwd * x`, whose cotangent is multiplied by `bwd`."""
+
+    @jax.custom_vjp
+    def scaling(x: Array) -> Array:
+        return times(x, fwd)
+
+    # Through itself, so that a second derivative is scaled again.
+    scaling.defvjp(lambda x: (scaling(x), None), lambda _, g: (times(g, bwd),))
+    return scaling
 
 
-def _scaled_bwd(fwd: float, bwd: float, _: None, g: Array) -> tuple[Array]:
-    return (_times(g, bwd),)
-
-
-_scaled.defvjp(_scaled_fwd, _scaled_bwd)
-
-
-def _times(x: Array, factor: float) -> Array:
+def times(x: Array, factor: float) -> Array:
     """`factor * x`, rounded once where `x`'s dtype cannot hold `factor` itself.
 
     A Python float is weakly typed, so the product is taken in `x`'s dtype and folds
@@ -74,14 +79,24 @@ def _times(x: Array, factor: float) -> Array:
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def _floating(x: Array) -> Array:
+def floating(x: Array, name: str = "x") -> Array:
+    """`x` as an array; `name` is what an error calls it.
+
+    Raises:
+        TypeError: if it is not one of floating-point numbers.
+    """
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"`x` must be a floating-point array, got {x.dtype}: convert it first, "
-            "for example `x.astype(jnp.float32)`."
-        )
+    check_floating(name, x.dtype)
     return x
+
+
+def check_floating(name: str, dtype: Any) -> None:
+    """Refuses, by a TypeError, what is not a floating-point dtype."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`{name}` must be a floating-point array, got {dtype}: convert it first, "
+            f"for example `{name}.astype(jnp.float32)`."
+        )
 
 
 def check_factor(name: str, value: object) -> float:

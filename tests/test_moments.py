@@ -9,6 +9,8 @@ import pytest
 
 import jax_unit_scaling as jus
 from jax_unit_scaling.moments import moments, softmax_moments
+from jax_unit_scaling.op import OPS
+from jax_unit_scaling.ops.activation import _AT_DEFAULTS, _defaults
 
 # Unit Scaling, table A.2. Its figures are closed forms or rounded Monte Carlo.
 TABLE = {
@@ -98,3 +100,13 @@ def test_softmax_approaches_its_limits():
     n = np.array([8, 64, 8192])
     got = n * softmax_moments(1.0, n).square ** 0.5
     np.testing.assert_allclose(got, [1.363, 1.576, math.exp(0.5)], rtol=1e-3)
+
+
+@pytest.mark.parametrize("f", _AT_DEFAULTS, ids=lambda f: f.__name__)
+def test_what_is_known_at_the_default_options_is_what_the_quadrature_gives(f):
+    m = moments(f, **_defaults(f))
+    # Twelve digits are stated; means of zero are rounding in the quadrature.
+    np.testing.assert_allclose(_AT_DEFAULTS[f], m, rtol=1e-11, atol=1e-10)
+    moments.cache_clear()
+    OPS[f.__name__].factors(jnp.ones(1))
+    assert moments.cache_info().misses == 0

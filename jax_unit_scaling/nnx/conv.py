@@ -1,18 +1,20 @@
 """Convolutions, drop-in for their `flax.nnx` namesakes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+from jax import lax
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
-from ..layers.linear import apply_conv, mask_factor, masked
+from ..layers.linear import apply_conv, mask_factor, masked, times
 from ..op import AxisName
 from ..ops.conv import conv, conv_transpose
 from ..parameters import role_metadata
+from ..scale import scale_bwd
 from .linear import unit_normal
 
 
@@ -31,6 +33,7 @@ class _UnitScaled(nnx.Module):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
@@ -52,8 +55,16 @@ class _UnitScaled(nnx.Module):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.output_scale = output_scale
 
-    def _apply(self: Any, op: Any, inputs: jax.Array, **options: Any) -> jax.Array:
+    def _apply(
+        self: Any,
+        op: Callable[..., jax.Array],
+        inputs: jax.Array,
+        *,
+        product: Callable[..., jax.Array],
+        **options: Any,
+    ) -> jax.Array:
         kernel = masked(self.kernel[...], self.mask, self.mask_factor)
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = self.promote_dtype(
@@ -62,9 +73,10 @@ class _UnitScaled(nnx.Module):
         return apply_conv(
             self,
             op,
-            inputs,
+            scale_bwd(inputs, self.output_scale),
             kernel,
             bias,
+            conv_general_dilated=times(product, self.output_scale),
             preferred_element_type=self.preferred_element_type,
             **options,
         )
@@ -84,7 +96,7 @@ class Conv(_UnitScaled, nnx.Conv):
             inputs,
             input_dilation=self.input_dilation,
             feature_group_count=self.feature_group_count,
-            conv_general_dilated=self.conv_general_dilated,
+            product=self.conv_general_dilated,
             out_sharding=out_sharding,
         )
 
@@ -97,7 +109,10 @@ class ConvTranspose(_UnitScaled, nnx.ConvTranspose):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         return self._apply(
-            conv_transpose, inputs, transpose_kernel=self.transpose_kernel
+            conv_transpose,
+            inputs,
+            product=lax.conv_general_dilated,
+            transpose_kernel=self.transpose_kernel,
         )
 
 

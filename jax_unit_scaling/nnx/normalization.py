@@ -1,7 +1,7 @@
 """Norms and dropout, drop-in for their `flax.nnx` namesakes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +9,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..layers.normalization import (
-    check_axes,
-    check_group_axes,
-    check_mask,
     scaled_affine,
 )
 from ..op import AxisName
@@ -20,108 +17,136 @@ from ..ops.normalization import group_norm, layer_norm, rms_norm
 from ..parameters import role_metadata
 
 
-class LayerNorm(nnx.LayerNorm):
-    """`flax.nnx.LayerNorm` over the last axis, computed by `layer_norm`."""
+class _Norm(nnx.Module):
+    """What each norm adds to its namesake: construction, mask and promotion."""
 
     def __init__(
         self,
-        num_features: int,
-        *,
+        *sizes: int | None,
         scale_metadata: Any = None,
-        bias_metadata: Any = None,
         batch_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
-        super().__init__(
-            num_features,
+        super().__init__(  # type: ignore[call-arg]
+            *sizes,
             scale_metadata=role_metadata("norm") | dict(scale_metadata or {}),
-            bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
             rngs=rngs,
             **namesake,
         )
-        check_axes(self)
         self.batch_axis_name = batch_axis_name
+
+    def _apply(
+        self: Any,
+        op: Callable[..., jax.Array],
+        x: jax.Array,
+        mask: jax.Array | None,
+        *parameters: nnx.Param[jax.Array] | None,
+        feature_axes: int | Sequence[int] = -1,
+        **options: Any,
+    ) -> jax.Array:
+        values = (None if p is None else p[...] for p in parameters)
+        x, *affine = self.promote_dtype((x, *values), dtype=self.dtype)
+        features = tuple_of_axes(x.ndim, feature_axes)
+        shape = [n if i in features else 1 for i, n in enumerate(x.shape)]
+        return op(
+            x,
+            *(None if p is None else p.reshape(shape) for p in affine),
+            None if mask is None else mask.astype(jnp.bool_),
+            epsilon=self.epsilon,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            batch_axis_name=self.batch_axis_name,
+            **options,
+        )
+
+
+def tuple_of_axes(rank: int, axes: int | Sequence[int]) -> tuple[int, ...]:
+    """Axes of an array of this rank, counted from 0."""
+    return tuple(a % rank for a in ((axes,) if isinstance(axes, int) else axes))
+
+
+class _BiasedNorm(_Norm):
+    """A norm with a bias, which has a role as well."""
+
+    def __init__(self, *sizes: int | None, bias_metadata: Any = None, **more: Any):
+        bias_metadata = role_metadata("bias") | dict(bias_metadata or {})
+        super().__init__(*sizes, bias_metadata=bias_metadata, **more)
+
+
+class LayerNorm(_BiasedNorm, nnx.LayerNorm):
+    """`flax.nnx.LayerNorm`, computed by `layer_norm`.
+
+    All norms take the arguments of their namesakes and `batch_axis_name`, the named
+    axes that split the batch of gain and bias. Their variance is never the fast one.
+    """
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        check_mask(mask)
-        x, scale, bias = self.promote_dtype(
-            (x, _value(self.scale), _value(self.bias)), dtype=self.dtype
-        )
-        return layer_norm(
+        return self._apply(
+            layer_norm,
             x,
-            scale,
-            bias,
-            epsilon=self.epsilon,
-            batch_axis_name=self.batch_axis_name,
+            mask,
+            self.scale,
+            self.bias,
+            feature_axes=self.feature_axes,
+            axis=self.reduction_axes,
         )
 
 
-class RMSNorm(nnx.RMSNorm):
-    """`flax.nnx.RMSNorm` over the last axis, computed by `rms_norm`."""
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        scale_metadata: Any = None,
-        batch_axis_name: AxisName | None = None,
-        rngs: nnx.Rngs,
-        **namesake: Any,
-    ):
-        super().__init__(
-            num_features,
-            scale_metadata=role_metadata("norm") | dict(scale_metadata or {}),
-            rngs=rngs,
-            **namesake,
-        )
-        check_axes(self)
-        self.batch_axis_name = batch_axis_name
+class RMSNorm(_Norm, nnx.RMSNorm):
+    """`flax.nnx.RMSNorm`, computed by `rms_norm`: see `LayerNorm`."""
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        check_mask(mask)
-        x, scale = self.promote_dtype((x, _value(self.scale)), dtype=self.dtype)
-        return rms_norm(
-            x, scale, epsilon=self.epsilon, batch_axis_name=self.batch_axis_name
+        return self._apply(
+            rms_norm,
+            x,
+            mask,
+            self.scale,
+            feature_axes=self.feature_axes,
+            axis=self.reduction_axes,
         )
 
 
-class GroupNorm(nnx.GroupNorm):
-    """`flax.nnx.GroupNorm` of [batch, ..., channels], computed by `group_norm`."""
+class InstanceNorm(_BiasedNorm, nnx.InstanceNorm):
+    """`flax.nnx.InstanceNorm`, computed by `layer_norm`: see `LayerNorm`.
 
-    def __init__(
-        self,
-        num_features: int,
-        *groups: int | None,
-        scale_metadata: Any = None,
-        bias_metadata: Any = None,
-        batch_axis_name: AxisName | None = None,
-        rngs: nnx.Rngs,
-        **namesake: Any,
-    ):
-        super().__init__(
-            num_features,
-            *groups,
-            scale_metadata=role_metadata("norm") | dict(scale_metadata or {}),
-            bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
-            rngs=rngs,
-            **namesake,
-        )
-        check_group_axes(self)
-        self.batch_axis_name = batch_axis_name
+    Statistics are over all axes but the first and `feature_axes`.
+    """
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        check_mask(mask)
-        x, scale, bias = self.promote_dtype(
-            (x, _value(self.scale), _value(self.bias)), dtype=self.dtype
-        )
-        return group_norm(
+        features = tuple_of_axes(x.ndim, self.feature_axes)
+        if 0 in features:
+            raise ValueError(
+                "`feature_axes` must leave out the first axis, the batch's, got "
+                f"{self.feature_axes} for an input of shape {x.shape}."
+            )
+        return self._apply(
+            layer_norm,
             x,
-            scale,
-            bias,
+            mask,
+            self.scale,
+            self.bias,
+            feature_axes=features,
+            axis=tuple(a for a in range(1, x.ndim) if a not in features),
+        )
+
+
+class GroupNorm(_BiasedNorm, nnx.GroupNorm):
+    """`flax.nnx.GroupNorm`, computed by `group_norm`: see `LayerNorm`.
+
+    Its `reduction_axes` may leave out any axis but the last (Flax's repeats statistics
+    along the wrong one where they leave out more than the first).
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        return self._apply(
+            group_norm,
+            x,
+            mask,
+            self.scale,
+            self.bias,
             num_groups=self.num_groups,
-            epsilon=self.epsilon,
-            batch_axis_name=self.batch_axis_name,
+            axis=self.reduction_axes,
         )
 
 
@@ -197,7 +222,3 @@ class Dropout(nnx.Dropout):
             return jnp.zeros_like(inputs)
         dims = tuple(d % inputs.ndim for d in self.broadcast_dims)
         return dropout(inputs, key, rate=self.rate, broadcast_dims=dims)
-
-
-def _value(parameter: nnx.Param[jax.Array] | None) -> jax.Array | None:
-    return None if parameter is None else parameter[...]

@@ -20,6 +20,7 @@ from ..op import AxisName
 from ..ops.arithmetic import weighted_add
 from ..parameters import role_metadata
 from .linear import Linear, unit_normal
+from .weights import with_weights
 
 
 class _Cell(nnx.RNNCellBase):
@@ -208,7 +209,16 @@ class RNN(nnx.RNN):
     ) -> Any:
         time_major = self.time_major if time_major is None else time_major
         axis = 0 if time_major else -1 - self.cell.num_feature_axes
-        graph, params, *rest = nnx.split(self, nnx.Param, ...)
-        params = each_step(params, inputs.shape[axis])
-        twin = nnx.merge(graph, params, *rest)  # shares all state that is no parameter
+        steps = inputs.shape[axis]
+        twin = with_weights(self, nnx.Param, lambda _, p: each_step(p, steps))
         return nnx.RNN.__call__(twin, inputs, time_major=time_major, **namesake)
+
+
+class Bidirectional(nnx.Bidirectional):
+    """`flax.nnx.Bidirectional` of two `RNN`s of unit-scaled cells.
+
+    Factors: 1 throughout. Both halves of the output have unit scale; so has what a
+    `merge_fn` makes of them if it keeps the scale, as concatenation and `weighted_add`
+    do and `jnp.add` does not. The two cotangents of the input add up to sqrt(2), which
+    a constraint would have the output pay for.
+    """

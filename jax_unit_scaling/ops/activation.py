@@ -1,6 +1,7 @@
 """Elementwise functions: their factors are computed, whatever the function."""
 
 import functools as ft
+import inspect
 from collections.abc import Callable, Hashable
 from typing import Any, ParamSpec, TypeVar
 
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..constraints import Constraint, to_output_scale
-from ..moments import moments
-from ..op import Case, Factors, Op, case, scaled_op
+from ..moments import Moments, moments
+from ..op import AxisName, Case, Constant, Factors, Op, case, scaled_op
 from ..scale import check_factor
 
 P = ParamSpec("P")
@@ -63,7 +64,7 @@ def _gated_rule(f: Callable[..., Array]) -> Callable[..., Factors]:
     return rule
 
 
-def _moments(f: Callable[..., Array], options: dict[str, Hashable]) -> Any:
+def _moments(f: Callable[..., Array], options: dict[str, Hashable]) -> Moments:
     if "mult" in options:
         check_factor("mult", options["mult"])
     for name, value in options.items():
@@ -72,7 +73,20 @@ def _moments(f: Callable[..., Array], options: dict[str, Hashable]) -> Any:
                 f"`{name}` must be a Python number that is known while tracing, got "
                 f"{value}: the factors depend on it."
             )
+    if f in _AT_DEFAULTS and options == _defaults(f):
+        return _AT_DEFAULTS[f]
     return moments(f, **options)
+
+
+@ft.cache
+def _defaults(f: Callable[..., Array]) -> dict[str, Any]:
+    """The options of an operation's plain function, and their values by default."""
+    keywords = inspect.signature(f).parameters.values()
+    return {
+        p.name: p.default
+        for p in keywords
+        if p.kind is p.KEYWORD_ONLY and p.name != "constraint"
+    }
 
 
 def _elementwise(*cases: Case) -> Callable[[Callable[P, R]], Op[P, R]]:
@@ -228,3 +242,63 @@ def gelu_glu(
 ) -> X:
     """Unit-scaled GEGLU gate, `x * gelu(mult * gate) / mult`; factors as `silu_glu`."""
     return x * gelu.fn(gate, mult=mult, approximate=approximate)
+
+
+def _prelu_rule(x: Any, negative_slope: Any, *, initial_slope: float) -> Factors:
+    if jnp.broadcast_shapes(negative_slope.shape, x.shape) != x.shape:
+        raise ValueError(
+            f"`negative_slope` must be broadcastable to `x` of shape {x.shape}, got "
+            f"shape {negative_slope.shape}."
+        )
+    m = _moments(jax.nn.leaky_relu, {"negative_slope": initial_slope})
+    # The slope's cotangent adds up min(x, 0) g over all that it multiplies, whose mean
+    # square is 1/2: half of x is negative.
+    slope = (2 * max(negative_slope.size, 1) / max(x.size, 1)) ** 0.5
+    return Factors(1 / m.std, {"x": 1 / m.slope_rms, "negative_slope": slope})
+
+
+@scaled_op(
+    rule=_prelu_rule,
+    parameters=("negative_slope",),
+    cases=(
+        case((64, 4096), Constant((4096,), 0.01)),
+        case((64, 4096), Constant((64, 4096), 0.25), initial_slope=0.25),
+    ),
+)
+def prelu(
+    x: Float[Array, "..."],
+    negative_slope: Float[Array, "..."],
+    *,
+    initial_slope: float = 0.01,
+    constraint: Constraint | None = to_output_scale,
+    batch_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    """Unit-scaled parametric ReLU: x, and `negative_slope` x where x is negative.
+
+    Factors: those of `leaky_relu` with the `initial_slope`, as no factor can follow
+    what is learnt; (2 slopes / inputs)^1/2 for `negative_slope`.
+    """
+    return jnp.where(x >= 0, x, negative_slope * x)
+
+
+# What the quadrature gives at the default options (a test compares them): it takes a
+# fifth of a second, which is much beside the tracing of a small model.
+_AT_DEFAULTS: dict[Callable[..., Array], Moments] = {
+    relu.fn: Moments(0.398942280417, 0.583819370093, 0.707106781187, 0.707106781187),
+    leaky_relu.fn: Moments(
+        0.394952857613, 0.586568188929, 0.707142135642, 0.707142135642
+    ),
+    elu.fn: Moments(0.160520572267, 0.786879001735, 0.803084937907, 0.817375067636),
+    selu.fn: Moments(0, 1, 1, 1.03516906463),
+    celu.fn: Moments(0.160520572267, 0.786879001735, 0.803084937907, 0.817375067636),
+    gelu.fn: Moments(0.282038588079, 0.587918315642, 0.652068793175, 0.675142833749),
+    silu.fn: Moments(0.206620964142, 0.559538467842, 0.596469211123, 0.616021388941),
+    tanh.fn: Moments(0, 0.627928730349, 0.627928730349, 0.681471131045),
+    sigmoid.fn: Moments(0.5, 0.208276344932, 0.541644750605, 0.211745699721),
+    softplus.fn: Moments(
+        0.806059183347, 0.521070534381, 0.959815559813, 0.541644750605
+    ),
+    mish.fn: Moments(0.240403888375, 0.628130689292, 0.672563894642, 0.692158766739),
+    hard_tanh.fn: Moments(0, 0.7183721535, 0.7183721535, 0.826250260004),
+    squareplus.fn: Moments(1.10930551379, 0.519077332461, 1.22474487139, 0.53788045638),
+}

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, Key as KeyArray
 
+from ..arguments import check_key
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats, quantize_bwd, quantize_fwd
 from ..moments import softmax_moments
@@ -98,6 +99,8 @@ def _attention_rule(
             "be added to the logits as `bias`."
         )
     check_factor("mult", mult)
+    if dropout_key is not None:
+        check_key("dropout_key", dropout_key)
     if not 0 <= dropout_rate < 1 or (dropout_rate and dropout_key is None):
         raise ValueError(
             "`dropout_rate` must be in [0, 1), and above 0 with a `dropout_key`, got "
@@ -126,6 +129,11 @@ def _check_shapes(query: Any, key: Any, value: Any) -> None:
         raise ValueError(
             "`query`, `key` and `value` must be [..., length, heads, head_size], got "
             f"shapes {shapes}."
+        )
+    if 0 in query.shape[-3:] or 0 in key.shape[-3:]:
+        raise ValueError(
+            "`query` and `key` must have a length, heads and a head size of 1 or more, "
+            f"got shapes {shapes}."
         )
     common = [x.shape[:-3] + x.shape[-1:] for x in (query, key)]
     if (
@@ -319,11 +327,13 @@ def dot_product_attention(
         query, key, value = (quantize_fwd(x, formats.fwd) for x in (query, key, value))
     *batch, queries, heads, head_size = query.shape
     keys, kv_heads = key.shape[-3:-1]
-    group = heads // kv_heads
+    # A group of one gets no axis: its transposes would stay in the compiled program.
+    group = () if heads == kv_heads else (heads // kv_heads,)
+    g = "g" * len(group)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum(
-        "...qhgd,...khd->...hgqk",
-        query.reshape(*batch, queries, kv_heads, group, head_size),
+        f"...qh{g}d,...khd->...h{g}qk",
+        query.reshape(*batch, queries, kv_heads, *group, head_size),
         key,
         precision=precision,
         preferred_element_type=wide,
@@ -348,8 +358,8 @@ def dot_product_attention(
             weights, dropout_key, rate=dropout_rate, broadcast_dims=shared
         )
     y = jnp.einsum(
-        "...hgqk,...khd->...qhgd",
-        weights.reshape(*batch, kv_heads, group, queries, keys),
+        f"...h{g}qk,...khd->...qh{g}d",
+        weights.reshape(*batch, kv_heads, *group, queries, keys),
         value,
         precision=precision,
     ).reshape(query.shape)
@@ -358,7 +368,8 @@ def dot_product_attention(
     return y
 
 
-def _rotary_rule(x: Any, positions: Any = None, **_: Any) -> Factors:
+def _rotary_rule(x: Any, positions: Any = None, *, base: float) -> Factors:
+    check_factor("base", base)
     if len(x.shape) < 3 or x.shape[-1] % 2:
         raise ValueError(
             "`x` must be [..., length, heads, head_size] with an even head size, got "

@@ -62,6 +62,10 @@ def _check(
             f"as many spatial axes as the window has, got shapes {kernel.shape} and "
             f"{x.shape}."
         )
+    if 0 in kernel.shape[:rank]:
+        raise ValueError(
+            f"`kernel` must have a window of 1 or more, got shape {kernel.shape}."
+        )
     if groups < 1 or d_in[0] * groups != x.shape[-1] or d_out[0] % groups:
         raise ValueError(
             f"`kernel` of shape {kernel.shape}, in {groups} group(s), must take the "
@@ -314,6 +318,7 @@ def conv_transpose(
     padding: Padding = "SAME",
     kernel_dilation: PerAxis = 1,
     transpose_kernel: bool = False,
+    conv_general_dilated: Callable[..., Array] = lax.conv_general_dilated,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
     formats: Formats | None = None,
@@ -324,7 +329,8 @@ def conv_transpose(
     in, out] (or [*window, out, in] where `transpose_kernel`), bias [out].
 
     The options are those of `flax.nnx.ConvTranspose`. `padding` is "SAME", "VALID",
-    "CIRCULAR", an integer, or an integer or a pair (low, high) for each axis.
+    "CIRCULAR", an integer, or an integer or a pair (low, high) for each axis;
+    `conv_general_dilated` computes the plain convolution.
 
     Factors as `conv`, of the same count: away from the borders
     (window in / stride)^-1/2 forward and (window out)^-1/2 for `x`.
@@ -338,7 +344,7 @@ def conv_transpose(
         kernel,
         windows,
         1,
-        lax.conv_general_dilated,
+        conv_general_dilated,
         formats,
         precision=precision,
         preferred_element_type=preferred_element_type,

@@ -1,11 +1,13 @@
 """Residual branches: a weighted sum, with the branch unit-scaled in both passes."""
 
+import functools as ft
 import math
 from collections.abc import Callable
 
+import jax
 from jaxtyping import Array, Float
 
-from ..scale import check_factor, scale_bwd, scale_fwd
+from ..scale import check_factor, floating, times
 
 X = Float[Array, "*shape"]
 
@@ -20,8 +22,8 @@ def residual_split(x: X, *, tau: float = 1.0) -> tuple[X, X]:
 
     Reference: Unit Scaling (Blake et al., 2023), section 5.3; u-muP, appendix G.
     """
-    branch, skip = _weights(tau)
-    return scale_bwd(x, branch), scale_bwd(x, skip)
+    check_factor("tau", tau)
+    return _split(floating(x), float(tau))
 
 
 def residual_add(residual: X, skip: X, *, tau: float = 1.0) -> X:
@@ -35,8 +37,8 @@ def residual_add(residual: X, skip: X, *, tau: float = 1.0) -> X:
             f"`residual` and `skip` must have the same shape, got {residual.shape} and "
             f"{skip.shape}: a residual branch keeps its input's shape."
         )
-    branch_weight, skip_weight = _weights(tau)
-    return scale_fwd(residual, branch_weight) + scale_fwd(skip, skip_weight)
+    check_factor("tau", tau)
+    return _join(floating(residual), floating(skip), float(tau))
 
 
 def residual_apply(fn: Callable[[X], X], x: X, *, tau: float = 1.0) -> X:
@@ -122,7 +124,41 @@ def _check_index(index: int, layers: int) -> None:
         )
 
 
-def _weights(tau: float) -> tuple[float, float]:
-    check_factor("tau", tau)
-    norm = math.hypot(1.0, tau)
-    return tau / norm, 1 / norm
+@ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _split(x: X, tau: float) -> tuple[X, X]:
+    return x, x
+
+
+_split.defvjp(
+    lambda x, tau: (_split(x, tau), None),
+    lambda tau, _, g: (_weighted_sum(g[0], g[1], tau),),
+)
+
+
+@ft.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _join(residual: X, skip: X, tau: float) -> X:
+    return _weighted_sum(residual, skip, tau)
+
+
+_join.defvjp(
+    lambda residual, skip, tau: (_join(residual, skip, tau), None),
+    lambda tau, _, g: (g, g),
+)
+
+
+def _weighted_sum(branch: X, skip: X, tau: float) -> X:
+    """The sum a branch + b skip, a = tau b, b = (1 + tau^2)^-1/2, rearranged.
+
+    It is computed as skip + (a branch - (1 - b) skip).
+
+    In the plain form the skip enters through its product with b alone, which XLA takes
+    for cheap enough to compute again wherever it is used, on a CPU: with all that the
+    skip is a sum of, so that the last block adds up the whole stack once more, in each
+    of its fusions. Here the sum has the skip itself for an operand, and as that also
+    leads to it through the branch's products, XLA keeps it, as in a plain residual.
+
+    Rounding is no worse: of two products and of two sums, each at most of unit scale.
+    """
+    n = math.hypot(1.0, tau)
+    less = tau / n * (tau / (n + 1))  # 1 - 1 / n, without cancellation
+    return skip + (times(branch, tau / n) - times(skip, less))

@@ -1,0 +1,1 @@
+"""What unit scaling costs: import, compilation and steps, beside plain Flax."""
