@@ -113,7 +113,12 @@ TWINS = {
     "ConvTranspose": Twin(
         L.ConvTranspose(WIDTH, (3,)), ft.partial(N.ConvTranspose, WIDTH, WIDTH, (3,))
     ),
-    "LayerNorm": Twin(L.LayerNorm(), ft.partial(N.LayerNorm, WIDTH)),
+    "LayerNorm": Twin(
+        L.LayerNorm(reduction_axes=(1, 2)),
+        ft.partial(N.LayerNorm, WIDTH, reduction_axes=(1, 2)),
+        call=lambda norm, x: norm(x, mask=jnp.cos(50 * x) > 0),
+    ),
+    "InstanceNorm": Twin(L.InstanceNorm(), ft.partial(N.InstanceNorm, WIDTH)),
     "RMSNorm": Twin(L.RMSNorm(), ft.partial(N.RMSNorm, WIDTH)),
     "GroupNorm": Twin(L.GroupNorm(4), ft.partial(N.GroupNorm, WIDTH, 4)),
     "BatchNorm": Twin(
@@ -404,6 +409,7 @@ _conv = [
     {"kernel_size": 3, "padding": "CIRCULAR"},
 ]
 _norm = [*_dtypes, {"use_scale": False}, {"epsilon": 0.1}]
+_axes = [{"reduction_axes": (1, 2), "feature_axes": (-1, 1)}]
 _with_bias = [{"use_bias": False}, {"bias_init": nn.initializers.ones}]
 _cell = [
     {"dtype": BF16},
@@ -435,8 +441,9 @@ OPTIONS = {
         {"mask": np.tril(np.ones((3, WIDTH, 8)))},
     ],
     "ConvTranspose": [*_conv[:-1], {"transpose_kernel": True}],
-    "LayerNorm": [*_norm, *_with_bias],
-    "RMSNorm": _norm,
+    "LayerNorm": [*_norm, *_with_bias, *_axes],
+    "RMSNorm": [*_norm, *_axes],
+    "InstanceNorm": [*_norm, *_with_bias],
     "GroupNorm": [*_norm, *_with_bias, {"num_groups": None, "group_size": 8}],
     "BatchNorm": [*_norm, *_with_bias, {"momentum": 0.5}, {"axis": 1}],
     "Dropout": [{"broadcast_dims": (1,)}, {"rate": 1.0}, {"rng_collection": "params"}],
@@ -555,9 +562,7 @@ def test_decoding_does_not_depend_on_how_a_sequence_is_cut():
     [
         (L.DenseGeneral(8, batch_dims=(0,)), X, "`batch_dims`"),
         (L.Conv(8, 3, mask=np.zeros((3, WIDTH, 8))), X, "`mask` must have"),
-        (L.LayerNorm(reduction_axes=(1, 2)), X, "`reduction_axes`"),
-        (L.GroupNorm(4, reduction_axes=(2,)), X, "`reduction_axes`"),
-        (L.RMSNorm(axis_name="i"), X, "`axis_name`"),
+        (L.InstanceNorm(feature_axes=0), X, "`feature_axes` must leave out"),
         (L.MultiHeadAttention(7), X, "`num_heads` must divide"),
         (
             L.MultiHeadAttention(4, qk_attn_weights_einsum_cls=lambda: jnp.einsum),
@@ -592,8 +597,6 @@ def test_a_call_that_is_not_supported_says_so():
         with pytest.raises(ValueError, match=message):
             init(attention, X, **kwargs)
     assert init(attention, X, inputs_kv=X[:, :8])[0].shape == X.shape
-    with pytest.raises(ValueError, match="`mask` must be None"):
-        init(L.LayerNorm(), X, mask=X > 0)
     with pytest.raises(NotImplementedError, match="DenseReadout"):
         L.Embed(8, 8).init(jax.random.key(0), X, method="attend")
 

@@ -1,6 +1,6 @@
-"""What norms of both families check, and the factors of a plain norm's parameters."""
+"""What norms of both families do once their parameters are there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,40 +9,64 @@ import jax.numpy as jnp
 from ..op import AxisName, axis_size
 from ..scale import scaled
 
-
-def check_axes(norm: Any) -> None:
-    """Refuses statistics over anything but the last axis of one example."""
-    for name in ("reduction_axes", "feature_axes"):
-        if getattr(norm, name) not in (-1, (-1,)):
-            raise ValueError(
-                f"`{name}` must be -1, the last axis, got {getattr(norm, name)}."
-            )
-    check_axis_name(norm)
+Axes = int | Sequence[int]
 
 
-def check_group_axes(norm: Any) -> None:
-    """Refuses a group norm over part of an example."""
-    check_axis_name(norm)
-    if norm.reduction_axes is not None:
+def apply_norm(
+    norm: Any,
+    op: Callable[..., jax.Array],
+    mask: jax.Array | None,
+    x: jax.Array,
+    *affine: jax.Array | None,
+    feature_axes: Axes = -1,
+    **options: Any,
+) -> jax.Array:
+    """One call into ops, with the options that a norm's layer of either family holds.
+
+    Args:
+        norm: the layer.
+        op: of x, gain, bias where there is one, and `where`.
+        mask: which of x the statistics are taken of, if not of all.
+        x, affine: the input; gain and bias, of the shape of its `feature_axes`.
+        feature_axes: the axes that gain and bias have.
+        options: the operation's own.
+    """
+    features = counted_axes(x.ndim, feature_axes)
+    shape = [n if i in features else 1 for i, n in enumerate(x.shape)]
+    return op(
+        x,
+        *(None if p is None else p.reshape(shape) for p in affine),
+        None if mask is None else mask.astype(jnp.bool_),
+        epsilon=norm.epsilon,
+        axis_name=norm.axis_name,
+        axis_index_groups=norm.axis_index_groups,
+        batch_axis_name=norm.batch_axis_name,
+        **options,
+    )
+
+
+def counted_axes(rank: int, axes: Axes) -> tuple[int, ...]:
+    """Axes of an array of this rank, counted from 0 and sorted."""
+    return tuple(sorted(a % rank for a in _tuple(axes)))
+
+
+def _tuple(axes: Axes) -> Sequence[int]:
+    return (axes,) if isinstance(axes, int) else axes
+
+
+def instance_axes(x: jax.Array, feature_axes: Axes) -> tuple[int, ...]:
+    """What an instance norm takes statistics over: all but the first and the features.
+
+    Raises:
+        ValueError: if the first axis, the batch's, is a feature.
+    """
+    features = counted_axes(x.ndim, feature_axes)
+    if 0 in features:
         raise ValueError(
-            "`reduction_axes` must be None, every axis but the first, got "
-            f"{norm.reduction_axes}: reshape the input to one batch axis."
+            "`feature_axes` must leave out the first axis, the batch's, got "
+            f"{feature_axes} for an input of shape {x.shape}."
         )
-
-
-def check_axis_name(norm: Any) -> None:
-    """Refuses statistics over devices."""
-    if norm.axis_name is not None:
-        raise ValueError("`axis_name` must be None: statistics are over one example.")
-
-
-def check_mask(mask: jax.Array | None) -> None:
-    """Refuses a mask."""
-    if mask is not None:
-        raise ValueError(
-            "`mask` must be None: a masked norm has no factor that is known while "
-            "tracing."
-        )
+    return tuple(a for a in range(1, x.ndim) if a not in features)
 
 
 def scaled_affine(

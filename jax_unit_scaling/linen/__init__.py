@@ -31,6 +31,7 @@ from .normalization import (
     BatchNorm as BatchNorm,
     Dropout as Dropout,
     GroupNorm as GroupNorm,
+    InstanceNorm as InstanceNorm,
     LayerNorm as LayerNorm,
     RMSNorm as RMSNorm,
 )

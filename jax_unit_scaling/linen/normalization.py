@@ -1,6 +1,5 @@
 """Norms and dropout, drop-in for their `flax.linen` namesakes."""
 
-import functools as ft
 import math
 from typing import Any
 
@@ -10,82 +9,95 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from ..layers.normalization import (
-    check_axes,
-    check_group_axes,
-    check_mask,
+    apply_norm,
+    counted_axes,
+    instance_axes,
     scaled_affine,
 )
 from ..op import AxisName
 from ..ops.dropout import dropout
 from ..ops.normalization import group_norm, layer_norm, rms_norm
+from ..parameters import Role
 from .metadata import mapped, with_role
 
 
 class LayerNorm(nn.LayerNorm):
-    """`flax.linen.LayerNorm` over the last axis, computed by `layer_norm`.
+    """`flax.linen.LayerNorm`, computed by `layer_norm`.
 
-    Statistics are taken in float32 at least, of the centred input, whatever
-    `use_fast_variance` and `force_float32_reductions` say.
+    All norms take the arguments of their namesakes and `batch_axis_name`, the named
+    axes that split the batch of gain and bias. Their statistics are in float32 at
+    least, and their variance is never the fast one.
     """
 
     batch_axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        check_axes(self)
-        return _apply(self, layer_norm, x, mask)
+        return _apply(self, layer_norm, x, mask, axis=self.reduction_axes)
 
 
 class RMSNorm(nn.RMSNorm):
-    """`flax.linen.RMSNorm` over the last axis, computed by `rms_norm`.
+    """`flax.linen.RMSNorm`, computed by `rms_norm`: see `LayerNorm`."""
 
-    Statistics: as in `LayerNorm`.
+    batch_axis_name: AxisName | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        return _apply(self, rms_norm, x, mask, axis=self.reduction_axes)
+
+
+class InstanceNorm(nn.InstanceNorm):
+    """`flax.linen.InstanceNorm`, computed by `layer_norm`: see `LayerNorm`.
+
+    Statistics are over all axes but the first and `feature_axes`.
     """
 
     batch_axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        check_axes(self)
-        return _apply(self, rms_norm, x, mask)
+        axis = instance_axes(x, self.feature_axes)
+        return _apply(self, layer_norm, x, mask, axis=axis)
 
 
 class GroupNorm(nn.GroupNorm):
-    """`flax.linen.GroupNorm` of [batch, ..., channels], computed by `group_norm`.
+    """`flax.linen.GroupNorm`, computed by `group_norm`: see `LayerNorm`.
 
-    Statistics: as in `LayerNorm`.
+    Its `reduction_axes` may leave out any axis but the last.
     """
 
     batch_axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        check_group_axes(self)
-        op = ft.partial(
-            group_norm, num_groups=self.num_groups, group_size=self.group_size
+        return _apply(
+            self,
+            group_norm,
+            x,
+            mask,
+            axis=self.reduction_axes,
+            num_groups=self.num_groups,
+            group_size=self.group_size,
         )
-        return _apply(self, op, x, mask)
 
 
-def _apply(norm: Any, op: Any, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _apply(
+    norm: Any, op: Any, x: jax.Array, mask: jax.Array | None, **options: Any
+) -> jax.Array:
     """Parameters and promotion, and one call into ops."""
-    check_mask(mask)
-    arrays = [x]
-    if norm.use_scale:
-        init = with_role(norm.scale_init, "norm")
-        arrays.append(norm.param("scale", init, x.shape[-1:], norm.param_dtype))
-    named = {}
-    if getattr(norm, "use_bias", False):
-        init = with_role(norm.bias_init, "bias")
-        named["bias"] = norm.param("bias", init, x.shape[-1:], norm.param_dtype)
-    promoted = promote_dtype(*arrays, *named.values(), dtype=norm.dtype)
-    arrays = promoted[: len(arrays)]
-    return op(
-        *arrays,
-        **dict(zip(named, promoted[len(arrays) :], strict=True)),
-        epsilon=norm.epsilon,
-        batch_axis_name=norm.batch_axis_name,
-    )
+    feature_axes = getattr(norm, "feature_axes", -1)
+    shape = tuple(x.shape[a] for a in counted_axes(x.ndim, feature_axes))
+    roles: dict[str, Role] = {"scale": "norm", "bias": "bias"}
+
+    def parameter(name: str) -> jax.Array | None:
+        if not getattr(norm, f"use_{name}"):
+            return None
+        init = with_role(getattr(norm, f"{name}_init"), roles[name])
+        return norm.param(name, init, shape, norm.param_dtype)
+
+    names = [name for name in roles if hasattr(norm, f"use_{name}")]
+    arrays = promote_dtype(x, *map(parameter, names), dtype=norm.dtype)
+    return apply_norm(norm, op, mask, *arrays, feature_axes=feature_axes, **options)
 
 
 class BatchNorm(nn.BatchNorm):
