@@ -1,6 +1,12 @@
 """Unit scaling for JAX and Flax: low-precision training that works out of the box."""
 
-from . import analysis as analysis, formats as formats, nnx as nnx, optim as optim
+from . import (
+    analysis as analysis,
+    formats as formats,
+    linen as linen,
+    nnx as nnx,
+    optim as optim,
+)
 from .constraints import (
     amean as amean,
     gmean as gmean,
@@ -31,6 +37,7 @@ from .ops.activation import (
     hard_tanh as hard_tanh,
     leaky_relu as leaky_relu,
     mish as mish,
+    prelu as prelu,
     relu as relu,
     selu as selu,
     sigmoid as sigmoid,
@@ -87,6 +94,7 @@ from .ops.normalization import (
     group_norm as group_norm,
     layer_norm as layer_norm,
     rms_norm as rms_norm,
+    spectral_norm as spectral_norm,
 )
 from .ops.pooling import (
     avg_pool as avg_pool,

@@ -95,12 +95,13 @@ def named_parameters(
 
 
 def _is_box(x: Any) -> bool:
-    # The second is how an `nnx.Param` without a role is known.
-    return hasattr(x, "role") or hasattr(x, "get_metadata")
+    # The others are how an `nnx.Param` and a box of Linen are known without a role.
+    return any(hasattr(x, name) for name in ("role", "get_metadata", "unbox"))
 
 
 def _fields(leaf: Any) -> dict[str, Any]:
-    return {name: getattr(leaf, name) for name in FIELDS if hasattr(leaf, name)}
+    found = {name: getattr(leaf, name, None) for name in FIELDS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _info(path: str, about: dict[str, Any]) -> ParameterInfo:

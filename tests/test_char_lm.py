@@ -172,8 +172,12 @@ def test_the_sweep_finds_the_best_rate(folder, capsys):
     demo = DemoConfig(
         folder / "sweep", folder, steps=12, width=32, depth=1, batch=2, length=16
     )
-    points = sweep(SweepConfig(demo, ("float32",), (-20, -7), (-1,), seeds=1))
-    slow, fast, _ = [p.mean for p in points]
+    rates = {"regular_log2_rates": (-20, -7), "unit_log2_rates": (-1,)}
+    config = SweepConfig(demo, ("float32", "float16"), (1.0, 0.25), **rates, seeds=1)
+    points = sweep(config)
+    slow, fast = [p.mean for p in points[:2]]
+    # both weights in float32, the better one in float16
+    assert len(points) == 2 * (2 + 1) + (2 + 1)
     assert fast < slow
     printed = capsys.readouterr().out
     assert "2^-7" in printed and "2^-20" not in printed

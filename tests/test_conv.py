@@ -143,17 +143,6 @@ def test_a_mask_keeps_the_scale_and_must_be_known():
         jus.nnx.Conv(32, 64, 3, mask=0 * mask, rngs=nnx.Rngs(0))
 
 
-def test_group_norm_refuses_what_its_factors_do_not_cover():
-    with pytest.raises(ValueError, match="`reduction_axes` must be None"):
-        jus.nnx.GroupNorm(8, 2, reduction_axes=(1, -1), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="`axis_name` must be None"):
-        jus.nnx.GroupNorm(8, 2, axis_name="batch", rngs=nnx.Rngs(0))
-    norm = jus.nnx.GroupNorm(8, num_groups=None, group_size=4, rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(_rms(norm(_normal(0, 2, 5, 8))), 1, atol=1e-3)
-    with pytest.raises(ValueError, match="`mask` must be None"):
-        norm(jnp.ones((2, 8)), mask=jnp.ones((2, 8), bool))
-
-
 def _batch_norm(module, x, g, **options):
     norm = module.BatchNorm(x.shape[-1], **options, rngs=nnx.Rngs(0))
     graph, params, stats = nnx.split(norm, nnx.Param, ...)

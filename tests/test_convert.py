@@ -150,18 +150,173 @@ def test_a_layer_used_twice_stays_one():
     assert unit.a is unit.b and isinstance(unit.a, jus.nnx.Linear)
 
 
+X = jax.random.normal(jax.random.key(1), (4, 6, 8))
+
+
+class _Mine(nnx.Linear):
+    """A layer of a user's own, derived from one of Flax."""
+
+
+def _recurrent(name):
+    def make(r):
+        return nnx.RNN(getattr(nnx, name)(8, 8, rngs=r), rngs=r)
+
+    return make
+
+
+def _both(r):
+    return nnx.Bidirectional(_recurrent("GRUCell")(r), _recurrent("SimpleCell")(r))
+
+
+def _attention(**options):
+    options = {"normalize_qk": True, "num_kv_heads": 1, "decode": False} | options
+    return lambda r: nnx.MultiHeadAttention(2, 8, **options, rngs=r)
+
+
+MASK = np.arange(3 * 8 * 4).reshape(3, 8, 4) % 3 > 0
+# One of each layer in `COUNTERPARTS`, and of what has no parameters of its own.
+LAYERS = {
+    "Linear": lambda r: nnx.Linear(8, 4, rngs=r),
+    "LinearGeneral": lambda r: nnx.LinearGeneral(8, (2, 3), batch_axis={0: 4}, rngs=r),
+    "Einsum": lambda r: nnx.Einsum("...i,io->...o", (8, 4), (4,), rngs=r),
+    "Conv": lambda r: nnx.Conv(8, 4, 3, strides=2, rngs=r),
+    "Conv masked": lambda r: nnx.Conv(8, 4, 3, mask=MASK, padding="VALID", rngs=r),
+    "ConvTranspose": lambda r: nnx.ConvTranspose(8, 4, 3, strides=2, rngs=r),
+    "LoRA": lambda r: nnx.LoRA(8, 2, 4, b_initializer=nnx.initializers.ones, rngs=r),
+    "LoRA base": lambda r: nnx.LoRA(
+        8, 2, 4, base_module=nnx.Linear(8, 4, rngs=r), rngs=r
+    ),
+    "LoRALinear": lambda r: nnx.LoRALinear(8, 4, lora_rank=2, rngs=r),
+    "LayerNorm": lambda r: nnx.LayerNorm(8, reduction_axes=(1, 2), rngs=r),
+    "RMSNorm": lambda r: nnx.RMSNorm(8, rngs=r),
+    "GroupNorm": lambda r: nnx.GroupNorm(8, num_groups=None, group_size=4, rngs=r),
+    "InstanceNorm": lambda r: nnx.InstanceNorm(8, rngs=r),
+    "BatchNorm": lambda r: nnx.BatchNorm(8, rngs=r),
+    "PReLU": lambda r: nnx.PReLU(0.3),
+    "MultiHeadAttention": _attention(),
+    "MultiHeadAttention own": _attention(
+        attention_fn=lambda *a, **k: nnx.dot_product_attention(*a, **k)
+    ),
+    "MultiHeadAttention dropping": _attention(dropout_rate=0.5, deterministic=False),
+    "RNN of SimpleCell": _recurrent("SimpleCell"),
+    "RNN of LSTMCell": _recurrent("LSTMCell"),
+    "RNN of OptimizedLSTMCell": _recurrent("OptimizedLSTMCell"),
+    "RNN of GRUCell": _recurrent("GRUCell"),
+    "Bidirectional": _both,
+    "Dropout": lambda r: nnx.Dropout(0.5, rngs=r),
+}
+
+
+def _outcome(layer):
+    """The output, the input's cotangent, gradients by path, and other state."""
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    @jax.jit
+    def call(params, rest, x):
+        def of(params, x):
+            merged = nnx.merge(graph, params, rest, copy=True)
+            y = merged(x)
+            return y, nnx.state(merged, nnx.Not(nnx.Param))
+
+        y, vjp, state = jax.vjp(of, params, x, has_aux=True)
+        return y, vjp(jnp.cos(7 * y)), state
+
+    y, (grads, dx), state = call(params, rest, X)
+    by_path = {
+        jax.tree_util.keystr(path): np.asarray(leaf, np.float64)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+    }
+    return y, dx, by_path, state
+
+
+def _same_direction(got, want, path=""):
+    cosine = np.sum(got * want) / np.sqrt(np.sum(got**2) * np.sum(want**2))
+    np.testing.assert_allclose(cosine, 1, atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_layer_computes_the_same_with_true_gradients(name):
+    plain = LAYERS[name](nnx.Rngs(0))
+    params = nnx.state(plain, nnx.Param)  # no bias may be zero, no gain one
+    nnx.update(plain, jax.tree.map(lambda p: 1.3 * p + 0.1 * jnp.cos(9 * p), params))
+    unit = jus.nnx.convert(plain)
+    flax_type = type(plain)
+    if name != "Dropout":
+        assert type(unit) is getattr(jus.nnx, flax_type.__name__)
+    want_y, want_dx, want_grads, want_state = _outcome(plain)
+    y, dx, grads, state = _outcome(unit)
+    np.testing.assert_allclose(y, want_y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dx, want_dx, rtol=1e-3, atol=1e-4)
+    assert grads.keys() == want_grads.keys()
+    for path, want in want_grads.items():
+        # A key's bias shifts all logits of a query alike.
+        if np.max(np.abs(want)) > 1e-5:
+            _same_direction(grads[path], want, path)
+    for a, b in zip(*map(jax.tree.leaves, (state, want_state)), strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = map(jax.random.key_data, (a, b))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_every_counterpart_is_tried():
+    kinds = {type(make(nnx.Rngs(0))) for make in LAYERS.values()} | {nnx.Embed}
+    missing = {*jus.nnx.convert.__globals__["COUNTERPARTS"]} - kinds
+    lines = "".join(
+        f'\n    "{t.__name__}": lambda r: nnx.{t.__name__}(...),' for t in missing
+    )
+    assert not missing, f"add to LAYERS:{lines}"
+
+
+class _TiedModel(nnx.Module):
+    def __init__(self):
+        self.embed = nnx.Embed(16, 8, rngs=nnx.Rngs(0))
+        self.mlp = nnx.Linear(8, 8, rngs=nnx.Rngs(1))
+
+    def __call__(self, ids):
+        x = self.embed(ids)
+        return self.embed.attend(x + self.mlp(x))
+
+
+def test_a_tied_embedding_converts_with_the_positions_of_a_batch():
+    plain = _TiedModel()
+    unit = jus.nnx.convert(plain, tied=256)
+    ids, labels = _batch(0)
+
+    def gradients(model):
+        graph, params = nnx.split(model)
+
+        def loss(params):
+            logits = nnx.merge(graph, params)(ids)
+            return jus.cross_entropy(logits, labels), logits
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    want, logits = gradients(plain)
+    got, unit_logits = gradients(unit)
+    np.testing.assert_allclose(unit_logits, logits, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        _same_direction(np.asarray(a, np.float64), np.asarray(b, np.float64))
+    with pytest.raises(ValueError, match="`attend` sums"):
+        jus.nnx.convert(plain)(ids)
+
+
 BAD = {
-    "unknown": (
-        lambda: nnx.GroupNorm(8, 2, rngs=nnx.Rngs(0)),
-        "at the root, GroupNorm",
-    ),
+    "unknown": (lambda: _Mine(4, 4, rngs=nnx.Rngs(0)), "at the root, _Mine"),
     "nested": (
-        lambda: nnx.Sequential(nnx.relu, nnx.BatchNorm(8, rngs=nnx.Rngs(0))),
-        r"at \.layers\[1\], BatchNorm",
+        lambda: nnx.Sequential(nnx.relu, _Mine(8, 8, rngs=nnx.Rngs(0))),
+        r"at \.layers\[1\], _Mine",
     ),
-    "options": (
-        lambda: nnx.LayerNorm(8, reduction_axes=(0, 1), rngs=nnx.Rngs(0)),
-        "LayerNorm that cannot be converted at the root: `reduction_axes`",
+    "weights": (
+        lambda: nnx.List(
+            [nnx.SpectralNorm(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))]
+        ),
+        r"SpectralNorm that cannot be converted at \[0\]: it changes",
+    ),
+    "below": (
+        lambda: nnx.LoRA(
+            8, 2, 8, base_module=_Mine(8, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)
+        ),
+        r"at \.base_module, _Mine",
     ),
     "shared": (lambda: _Shared("parameter"), r"between \.a and \.b"),
 }

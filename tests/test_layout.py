@@ -13,13 +13,14 @@ FLOORS = [
     {"scale", "constraints", "moments", "formats"},
     {"arguments", "op", "parameters"},
     {"ops"},
-    {"nnx"},
+    {"layers"},
+    {"nnx", "linen"},
     {"analysis", "optim"},
     {"__init__"},
 ]
 # Each framework has one door.
 DOORS = {
-    "flax": {"nnx"},
+    "flax": {"nnx", "linen"},
     "optax": {"optim"},
     "matplotlib": {"analysis"},
     "rich": {"analysis"},

@@ -96,7 +96,7 @@ def test_readout_embedding_and_dropout():
     y, vjp = jax.vjp(lambda p: nnx.merge(graph, p)(ids), params)
     (grad,) = jax.tree.leaves(vjp(_normal(1, *y.shape)))
     np.testing.assert_allclose([_rms(y), _rms(grad)], 1, atol=0.05)
-    with pytest.raises(NotImplementedError, match="LinearReadout"):
+    with pytest.raises(ValueError, match="`attend` sums"):
         embed.attend(y)
 
     dropout = jus.nnx.Dropout(0.3, rngs=nnx.Rngs(0))

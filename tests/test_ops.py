@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import jax_unit_scaling as jus
-from jax_unit_scaling.op import OPS, Integers, Key, Zeros
+from jax_unit_scaling.op import OPS, Constant, Integers, Key, Zeros
 
 CASES = [
     pytest.param(op, c, id=f"{name}-{i}")
@@ -24,6 +24,8 @@ def _argument(spec, key, dtype):
             return jax.random.randint(key, spec.shape, 0, spec.high)
         case Zeros():
             return jnp.zeros(spec.shape, dtype)
+        case Constant():
+            return jnp.full(spec.shape, spec.value, dtype)
         case Key():
             return key
         case tuple() if all(isinstance(n, int) for n in spec):
@@ -148,6 +150,16 @@ def _attention(q, k, v, mask=None, bias=None, _=None, key=None, mult=1.0, **opti
     return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, **options)
 
 
+def _group_norm(x, scale=1.0, bias=0.0, axis=None, **options):
+    """Flax's, which takes one axis for the batch."""
+    norm = nnx.GroupNorm(x.shape[-1], **options, rngs=nnx.Rngs(0))
+    if axis is None:
+        return norm(x) * scale + bias
+    assert axis == (2, -1)
+    flat = x.reshape(-1, *x.shape[2:])
+    return norm(flat).reshape(x.shape) * scale + bias
+
+
 # The plain functions, stated again: a derived rule would follow any function.
 PLAIN = {
     "relu": jax.nn.relu,
@@ -166,8 +178,18 @@ PLAIN = {
     "silu_glu": lambda x, g, mult=1.0: x * jax.nn.silu(g * mult) / mult,
     "gelu_glu": lambda x, g, mult=1.0, **k: x * jax.nn.gelu(g * mult, **k) / mult,
     "dot_general": jax.lax.dot_general,
-    "linear": lambda x, k, b=0.0, axis=-1: (
-        jnp.tensordot(x, k, axes=(axis, [0, 1] if isinstance(axis, tuple) else 0)) + b
+    "linear": lambda x, k, b=0.0, axis=-1, batch_axes=0: (
+        (
+            jnp.einsum("bsi,bihd->bshd", x, k)
+            if batch_axes
+            else jnp.tensordot(
+                x, k, axes=(axis, [0, 1] if isinstance(axis, tuple) else 0)
+            )
+        )
+        + b
+    ),
+    "prelu": lambda x, slope, initial_slope=0.01: (
+        jnp.maximum(x, 0) + slope * jnp.minimum(x, 0)
     ),
     "matmul": jnp.matmul,
     "einsum": jnp.einsum,
@@ -185,15 +207,13 @@ PLAIN = {
     "avg_pool": nnx.avg_pool,
     "max_pool": nnx.max_pool,
     "softmax": lambda x, axis=-1, mult=1.0: jax.nn.softmax(x * mult, axis),
-    "layer_norm": lambda x, scale=1.0, bias=0.0: (
-        jax.nn.standardize(x, epsilon=1e-6) * scale + bias
+    "layer_norm": lambda x, scale=1.0, bias=0.0, axis=-1: (
+        jax.nn.standardize(x, axis, epsilon=1e-6) * scale + bias
     ),
-    "rms_norm": lambda x, scale=1.0: (
-        x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * scale
+    "rms_norm": lambda x, scale=1.0, axis=-1: (
+        x / jnp.sqrt(jnp.mean(x**2, axis, keepdims=True) + 1e-6) * scale
     ),
-    "group_norm": lambda x, scale=1.0, bias=0.0, **k: (
-        nnx.GroupNorm(x.shape[-1], **k, rngs=nnx.Rngs(0))(x) * scale + bias
-    ),
+    "group_norm": _group_norm,
     "embedding": lambda table, ids: table[ids],
     "dot_product_attention": _attention,
     "rotary": lambda x, positions=None, base=1e4: _turned(x, positions, base),
@@ -303,7 +323,9 @@ WRONG = {
         "`weights` must be finite and positive",
     ),
     "gate": (lambda: jus.silu_glu(X, KERNEL), ValueError, "`x` and `gate` must"),
-    "scale": (lambda: jus.layer_norm(X, X), ValueError, "`scale` must have"),
+    "scale": (lambda: jus.layer_norm(X, X[:, 0]), ValueError, "`scale` must be broad"),
+    "norm axis": (lambda: jus.rms_norm(X, axis=(1, -1)), ValueError, "`axis` must na"),
+    "where": (lambda: jus.rms_norm(X, None, X), TypeError, "`where` must be an arr"),
     "ids": (lambda: jus.embedding(X, X), TypeError, "`ids` must be an array of int"),
     "rate": (
         lambda: jus.dropout(X, jax.random.key(0), rate=1.0),

@@ -43,7 +43,7 @@ class DemoConfig:
     batch: int = 8
     length: int = 128
     seed: int = 0
-    regular_learning_rate: float = 2.0**-8
+    regular_learning_rate: float = 2.0**-7
     unit_learning_rate: float = 2.0
 
 
@@ -119,7 +119,7 @@ def _draw_scales(config: DemoConfig, path: Path) -> None:
     figure = analysis.histograms(
         {
             NAMES[parametrisation]: initial_histograms(
-                ModelConfig(parametrisation, width=config.width, depth=config.depth),
+                run_config(config, parametrisation, "float32").model,
                 len(corpus.vocabulary),
                 config.seed,
                 batch.inputs,

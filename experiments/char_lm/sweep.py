@@ -1,7 +1,9 @@
 """Learning-rate sweep of the comparison: `python -m experiments.char_lm.sweep`.
 
-Powers of two for each parametrisation and precision, three seeds each; ends with the
-table of means and spreads, and the picture. A second call goes on where one stopped.
+Powers of two, and two weights of the attention branches, for each parametrisation in
+float32; then the other precisions at the weight that was better for it. Three seeds
+each. Ends with the table of means and spreads, and the picture. A second call goes on
+where one stopped.
 """
 
 import dataclasses
@@ -32,7 +34,9 @@ class SweepConfig:
         default_factory=lambda: DemoConfig(out=Path("runs/sweep"))
     )
     precisions: tuple[Precision, ...] = ("float32", "fp8", "float16")
-    regular_log2_rates: tuple[int, ...] = (-10, -9, -8, -7, -6)
+    """float32 is always among them."""
+    attention_weights: tuple[float, ...] = (1.0, 0.25)
+    regular_log2_rates: tuple[int, ...] = (-12, -11, -10, -9, -8, -7, -6)
     unit_log2_rates: tuple[int, ...] = (-1, 0, 1, 2, 3)
     seeds: int = 3
     workers: int = 1
@@ -40,6 +44,7 @@ class SweepConfig:
 
 
 Kind = tuple[Parametrisation, Precision]
+Place = tuple[Parametrisation, Precision, float, int]
 
 
 class Point(NamedTuple):
@@ -47,6 +52,7 @@ class Point(NamedTuple):
 
     parametrisation: Parametrisation
     precision: Precision
+    attention_weight: float
     log2_rate: int
     bits: tuple[float, ...]
 
@@ -65,28 +71,41 @@ class Point(NamedTuple):
 
 def sweep(config: SweepConfig) -> list[Point]:
     """Runs all, prints each configuration's best rate, and draws `sweep.png`."""
+    kinds = [r for r in RUNS if r[1] == "float32" or r[1] in config.precisions]
+    wide = [kind for kind in kinds if kind[1] == "float32"]
+    narrow = [kind for kind in kinds if kind[1] != "float32"]
+    weights = config.attention_weights
+    points = _points(config, [(*kind, w) for kind in wide for w in weights])
+    better = {kind[0]: _best(points, kind).attention_weight for kind in wide}
+    points += _points(config, [(*kind, better[kind[0]]) for kind in narrow])
+    out = config.demo.out
+    (out / "sweep.json").write_text(json.dumps([p._asdict() for p in points], indent=1))
+    Console().print(analysis.table(_rows(kinds, points)))
+    chosen = [p for p in points if p.attention_weight == better[p.parametrisation]]
+    _draw(kinds, chosen, out / "sweep.png")
+    return points
+
+
+def _points(
+    config: SweepConfig, models: list[tuple[Parametrisation, Precision, float]]
+) -> list[Point]:
+    """These models at all rates and seeds."""
     rates = {"regular": config.regular_log2_rates, "unit": config.unit_log2_rates}
-    kinds = [run for run in RUNS if run[1] in config.precisions]
-    places = [(*kind, rate) for kind in kinds for rate in rates[kind[0]]]
-    runs = [
-        _run(config.demo, *place, seed)
-        for place in places
-        for seed in range(config.seeds)
-    ]
+    places = [(*model, rate) for model in models for rate in rates[model[0]]]
+    n = config.seeds
+    runs = [_run(config.demo, place, seed) for place in places for seed in range(n)]
     context = get_context("spawn")  # JAX has threads, which a fork would lose
     with ProcessPoolExecutor(config.workers, mp_context=context) as pool:
         results = track(pool.map(_valid_bits, runs), "sweep", total=len(runs))
         bits = list(results)
-    n = config.seeds
-    points = [
+    return [
         Point(*place, tuple(bits[i * n : (i + 1) * n]))
         for i, place in enumerate(places)
     ]
-    out = config.demo.out
-    (out / "sweep.json").write_text(json.dumps([p._asdict() for p in points], indent=1))
-    Console().print(analysis.table(_rows(kinds, points)))
-    _draw(kinds, points, out / "sweep.png")
-    return points
+
+
+def _best(points: list[Point], kind: Kind) -> Point:
+    return min((p for p in points if p[:2] == kind), key=lambda p: p.mean)
 
 
 def _draw(kinds: list[Kind], points: list[Point], path: Path) -> None:
@@ -105,16 +124,16 @@ def _draw(kinds: list[Kind], points: list[Point], path: Path) -> None:
     print(f"drew {path}: validation loss against learning rate")
 
 
-def _run(
-    demo: DemoConfig,
-    parametrisation: Parametrisation,
-    precision: Precision,
-    log2_rate: int,
-    seed: int,
-) -> TrainConfig:
-    place = demo.out / f"{parametrisation}-{precision}-{log2_rate}-{seed}"
+def _run(demo: DemoConfig, place: Place, seed: int) -> TrainConfig:
+    parametrisation, precision, attention_weight, log2_rate = place
     run = run_config(demo, parametrisation, precision)
-    return dataclasses.replace(run, out=place, learning_rate=2.0**log2_rate, seed=seed)
+    return dataclasses.replace(
+        run,
+        out=demo.out / "-".join(map(str, (*place, seed))),
+        model=dataclasses.replace(run.model, attention_weight=attention_weight),
+        learning_rate=2.0**log2_rate,
+        seed=seed,
+    )
 
 
 def _valid_bits(run: TrainConfig) -> float:
@@ -125,11 +144,12 @@ def _rows(kinds: list[Kind], points: list[Point]) -> list[dict[str, Any]]:
     """The best rate of each kind of run."""
     rows = []
     for kind in kinds:
-        best = min((p for p in points if p[:2] == kind), key=lambda p: p.mean)
+        best = _best(points, kind)
         rows.append(
             {
                 "model": NAMES[best.parametrisation],
                 "precision": PRECISIONS.get(best.precision, best.precision),
+                "attention weight": f"{best.attention_weight:g}",
                 "best learning rate": f"2^{best.log2_rate}",
                 "valid. bits per character": f"{best.mean:.3f}",
                 "spread of seeds": f"{best.spread:.3f}",

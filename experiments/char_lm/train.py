@@ -7,15 +7,13 @@ import math
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
-from flax import nnx
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,10 +22,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-import jax_unit_scaling as jus
-
 from .data import Batch, Corpus, Ids, eval_batches, load_corpus, train_batch
-from .model import ModelConfig, make_loss, make_model
+from .model import ModelConfig
+from .task import Optimiser, make_training, optimiser, warmup_cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +38,9 @@ class TrainConfig:
     data: Path | None = None
     """Folder with train.txt, valid.txt and test.txt; by default the source text of the
     running Python's standard library."""
-    optimiser: Literal["adam", "lion"] = "adam"
+    optimiser: Optimiser = "adam"
     learning_rate: float = 1.0
-    """For Adam about 1/2 if unit-scaled and 2^-8 if regular: see the sweep."""
+    """For Adam about 2 if unit-scaled and 2^-7 if regular: see the sweep."""
     warmup: int = 50
     steps: int = 1000
     batch: int = 8
@@ -73,41 +70,18 @@ class Task:
 
 def make_task(config: TrainConfig, vocabulary: int) -> Task:
     """The jitted functions that `train` calls."""
-    graph, params = nnx.split(make_model(config.model, vocabulary, config.seed))
-    optimiser = _optimiser(config)
-    loss = make_loss(config.model)
+
+    def make_optimiser(rate: Any) -> optax.GradientTransformation:
+        schedule = warmup_cosine(rate, warmup=config.warmup, steps=config.steps)
+        return optimiser(config.model.parametrisation, schedule, config.optimiser)
+
+    training = make_training(config.model, vocabulary, make_optimiser)
 
     @jax.jit
     def step(state: Any, inputs: jax.Array, targets: jax.Array) -> Any:
-        params, opt_state = state
-        value, grads = jax.value_and_grad(
-            lambda p: loss(nnx.merge(graph, p)(inputs), targets)
-        )(params)
-        updates, opt_state = optimiser.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
+        return training.step(state, config.learning_rate, inputs, targets)
 
-    @jax.jit
-    def nats(state: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, state[0])(inputs).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-
-    return Task((params, optimiser.init(params)), step, nats)
-
-
-def _optimiser(config: TrainConfig) -> optax.GradientTransformation:
-    """optax's optimiser, or the one of the same name with u-muP's learning rates."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0,
-        config.learning_rate,
-        min(config.warmup, config.steps // 2),
-        config.steps,
-        config.learning_rate / 10,
-    )
-    library: Any = jus.optim if config.model.parametrisation == "unit" else optax
-    if config.optimiser == "lion":
-        return library.lion(schedule, weight_decay=0.0)
-    # Adam's epsilon would be a scale; this one is far below any gradient's.
-    return library.adam(schedule, b2=0.99, eps=1e-12)
+    return Task(training.init(config.seed), step, jax.jit(training.nats))
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:

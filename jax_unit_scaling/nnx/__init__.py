@@ -1,5 +1,13 @@
 """Unit-scaled modules, drop-in for their `flax.nnx` namesakes."""
 
+from ..layers.transformer import (
+    branch_norm as branch_norm,
+    post_norm as post_norm,
+    pre_norm as pre_norm,
+)
+from .activation import (
+    PReLU as PReLU,
+)
 from .conv import (
     Conv as Conv,
     ConvTranspose as ConvTranspose,
@@ -29,11 +37,13 @@ from .normalization import (
     BatchNorm as BatchNorm,
     Dropout as Dropout,
     GroupNorm as GroupNorm,
+    InstanceNorm as InstanceNorm,
     LayerNorm as LayerNorm,
     RMSNorm as RMSNorm,
 )
 from .recurrent import (
     RNN as RNN,
+    Bidirectional as Bidirectional,
     GRUCell as GRUCell,
     LSTMCell as LSTMCell,
     OptimizedLSTMCell as OptimizedLSTMCell,
@@ -45,7 +55,8 @@ from .transformer import (
     MultiHeadAttention as MultiHeadAttention,
     TransformerBlock as TransformerBlock,
     TransformerStack as TransformerStack,
-    branch_norm as branch_norm,
-    post_norm as post_norm,
-    pre_norm as pre_norm,
+)
+from .weight_norm import (
+    SpectralNorm as SpectralNorm,
+    WeightNorm as WeightNorm,
 )

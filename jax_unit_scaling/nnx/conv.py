@@ -1,19 +1,20 @@
 """Convolutions, drop-in for their `flax.nnx` namesakes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
+from jax import lax
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
+from ..layers.linear import apply_conv, mask_factor, masked, times
 from ..op import AxisName
 from ..ops.conv import conv, conv_transpose
 from ..parameters import role_metadata
-from ..scale import scale_fwd
+from ..scale import scale_bwd
 from .linear import unit_normal
 
 
@@ -32,6 +33,7 @@ class _UnitScaled(nnx.Module):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
@@ -53,27 +55,29 @@ class _UnitScaled(nnx.Module):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.output_scale = output_scale
 
-    def _apply(self: Any, op: Any, inputs: jax.Array, **options: Any) -> jax.Array:
-        kernel = self.kernel[...]
-        if self.mask is not None:
-            kernel = scale_fwd(kernel * self.mask, self.mask_factor)
+    def _apply(
+        self: Any,
+        op: Callable[..., jax.Array],
+        inputs: jax.Array,
+        *,
+        product: Callable[..., jax.Array],
+        **options: Any,
+    ) -> jax.Array:
+        kernel = masked(self.kernel[...], self.mask, self.mask_factor)
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = self.promote_dtype(
             (inputs, kernel, bias), dtype=self.dtype
         )
-        return op(
-            inputs,
+        return apply_conv(
+            self,
+            op,
+            scale_bwd(inputs, self.output_scale),
             kernel,
             bias,
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
-            precision=self.precision,
+            conv_general_dilated=times(product, self.output_scale),
             preferred_element_type=self.preferred_element_type,
-            formats=self.formats,
-            constraint=self.constraint,
-            batch_axis_name=self.batch_axis_name,
             **options,
         )
 
@@ -92,7 +96,7 @@ class Conv(_UnitScaled, nnx.Conv):
             inputs,
             input_dilation=self.input_dilation,
             feature_group_count=self.feature_group_count,
-            conv_general_dilated=self.conv_general_dilated,
+            product=self.conv_general_dilated,
             out_sharding=out_sharding,
         )
 
@@ -105,23 +109,12 @@ class ConvTranspose(_UnitScaled, nnx.ConvTranspose):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         return self._apply(
-            conv_transpose, inputs, transpose_kernel=self.transpose_kernel
+            conv_transpose,
+            inputs,
+            product=lax.conv_general_dilated,
+            transpose_kernel=self.transpose_kernel,
         )
 
 
 def _mask_factor(layer: Any) -> float:
-    """What gives the masked kernel the rms 1."""
-    if layer.mask is None:
-        return 1.0
-    if isinstance(layer.mask, jax.core.Tracer):
-        raise ValueError(
-            "`mask` must be known when the module is built, as the scale depends on "
-            "it: make it with numpy, outside of `jit`."
-        )
-    mask = np.asarray(layer.mask, np.float64)
-    if mask.shape != layer.kernel_shape or not mask.any():
-        raise ValueError(
-            f"`mask` must have the kernel's shape {layer.kernel_shape} and leave some "
-            f"weights, got shape {mask.shape} with {np.count_nonzero(mask)} of them."
-        )
-    return float(np.mean(mask**2) ** -0.5)
+    return mask_factor(layer.mask, layer.kernel_shape)

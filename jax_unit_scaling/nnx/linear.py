@@ -11,6 +11,7 @@ from jax import lax
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
+from ..layers.linear import apply_linear, times
 from ..op import AxisName
 from ..ops.contraction import einsum_fan_in, einsum_linear, linear, linear_readout
 from ..ops.embedding import embedding
@@ -30,11 +31,14 @@ class Linear(nnx.Linear):
         constraint: makes the output's and the input's factor agree.
         batch_axis_name: axes over which the batch is split, inside `shard_map`, `pmap`
             or a `vmap` over examples.
+        in_axis_name, out_axis_name: axes over which the input and the output features
+            are split, inside `shard_map`: see `linear`. The sizes stay those of the
+            whole; the layer is built outside, and its parameters come in as pieces.
         output_scale: multiplies the output, before the bias, and the input's cotangent,
             but not the kernel's: a weight's own scale, which `convert` keeps here.
     """
 
-    _op = staticmethod(linear)
+    _op: Any = staticmethod(linear)
     _role: Role = "weight"
     _bias_role: Role = "bias"
 
@@ -49,6 +53,8 @@ class Linear(nnx.Linear):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        in_axis_name: AxisName | None = None,
+        out_axis_name: AxisName | None = None,
         output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
@@ -66,10 +72,12 @@ class Linear(nnx.Linear):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.in_axis_name = in_axis_name
+        self.out_axis_name = out_axis_name
         self.output_scale = output_scale
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        product = _times(self.dot_general, self.output_scale)
+        product = times(self.dot_general, self.output_scale)
         op = ft.partial(self._op, dot_general=product)
         return _apply(self, op, inputs, out_sharding)
 
@@ -101,7 +109,7 @@ class LinearReadout(Linear):
 class LinearGeneral(nnx.LinearGeneral):
     """`flax.nnx.LinearGeneral` with unit-normal weights, computed by `linear`.
 
-    Takes the further arguments of `Linear`. `batch_axis` is not supported.
+    Takes the further arguments of `Linear`.
     """
 
     def __init__(
@@ -115,14 +123,12 @@ class LinearGeneral(nnx.LinearGeneral):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        in_axis_name: AxisName | None = None,
+        out_axis_name: AxisName | None = None,
         output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
-        if namesake.get("batch_axis"):
-            raise ValueError(
-                "`batch_axis` is not supported: use `jax.vmap` over a `LinearGeneral`."
-            )
         fans = (
             n if isinstance(n, int) else math.prod(n)
             for n in (in_features, out_features)
@@ -140,12 +146,32 @@ class LinearGeneral(nnx.LinearGeneral):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.in_axis_name = in_axis_name
+        self.out_axis_name = out_axis_name
         self.output_scale = output_scale
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         product = self.dot_general_cls() if self.dot_general_cls else self.dot_general
-        product = _times(product or lax.dot_general, self.output_scale)
-        op = ft.partial(linear, axis=self.axis, dot_general=product)
+        product = times(product or lax.dot_general, self.output_scale)
+        batch_axes = len(self.batch_axis)
+
+        def op(
+            x: jax.Array, kernel: jax.Array, bias: jax.Array | None, **options: Any
+        ) -> jax.Array:
+            if bias is not None and batch_axes:
+                free = x.ndim - batch_axes - len(self.axis)
+                shape = (*bias.shape[:batch_axes], *free * (1,))
+                bias = bias.reshape(*shape, *bias.shape[batch_axes:])
+            return linear(
+                x,
+                kernel,
+                bias,
+                axis=self.axis,
+                batch_axes=batch_axes,
+                dot_general=product,
+                **options,
+            )
+
         return _apply(self, op, inputs, out_sharding)
 
 
@@ -167,6 +193,8 @@ class Einsum(nnx.Einsum):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        in_axis_name: AxisName | None = None,
+        out_axis_name: AxisName | None = None,
         output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
@@ -185,28 +213,28 @@ class Einsum(nnx.Einsum):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.in_axis_name = in_axis_name
+        self.out_axis_name = out_axis_name
         self.output_scale = output_scale
 
     def __call__(
         self, inputs: jax.Array, einsum_str: str | None = None, out_sharding: Any = None
     ) -> jax.Array:
         subscripts = (einsum_str or self.einsum_str).replace(" ", "")
-        product = _times(self.einsum_op, self.output_scale)
+        product = times(self.einsum_op, self.output_scale)
 
         def op(
             x: jax.Array, kernel: jax.Array, bias: jax.Array | None, **options: Any
         ) -> jax.Array:
             if bias is not None:
                 shape = self._infer_broadcasted_bias_shape(subscripts, x, kernel)
-                bias = bias.reshape(shape)
+                # Flax's are the whole's sizes; the bias may be a piece.
+                pairs = zip(bias.shape, self.bias_shape or (), strict=True)
+                sizes = iter([n for n, whole in pairs if whole != 1])
+                bias = bias.reshape([1 if n == 1 else next(sizes) for n in shape])
             return einsum_linear(subscripts, x, kernel, bias, einsum=product, **options)
 
         return _apply(self, op, inputs, out_sharding)
-
-
-def _times(product: Callable[..., jax.Array], factor: float) -> Any:
-    """A product times `factor`; the input's cotangent gets its own in `_apply`."""
-    return lambda *args, **kwargs: scale_fwd(product(*args, **kwargs), factor)
 
 
 def _apply(layer: Any, op: Any, inputs: jax.Array, out_sharding: Any) -> jax.Array:
@@ -215,25 +243,41 @@ def _apply(layer: Any, op: Any, inputs: jax.Array, out_sharding: Any) -> jax.Arr
     inputs, kernel, bias = layer.promote_dtype(
         (inputs, layer.kernel[...], bias), dtype=layer.dtype
     )
-    return op(
-        scale_bwd(inputs, layer.output_scale),
+    return apply_linear(
+        layer,
+        op,
+        inputs,
         kernel,
         bias,
-        precision=layer.precision,
         preferred_element_type=layer.preferred_element_type,
         out_sharding=out_sharding,
-        formats=layer.formats,
-        constraint=layer.constraint,
-        batch_axis_name=layer.batch_axis_name,
+        in_axis_name=layer.in_axis_name,
+        out_axis_name=layer.out_axis_name,
     )
 
 
 class Embed(nnx.Embed):
     """`flax.nnx.Embed` with a unit-normal table, computed by `embedding`.
 
-    `attend` is refused: its gradient and the look-up's would meet in one table with
-    different factors. Use a `LinearReadout` for the logits. `batch_axis_name` and
-    `output_scale`: as in `Linear`.
+    `batch_axis_name` and `output_scale`: as in `Linear`. And
+
+        tied: the positions of a (global) batch, which allows `attend`.
+        logits_scale: multiplies what `attend` gives, as `output_scale` the look-up.
+
+    A tied table sums two gradients, of s table[ids] and of r query table^T, where s is
+    `output_scale` and r `logits_scale` / features. For the sum to be the true gradient
+    up to a constant f, that constant has to be the same for both, and r the query's
+    factor too, as a path leads around it. With unit-scaled cotangents of the logits,
+    that of the query, and of all up to the look-up, is then r vocabulary^1/2. The
+    table's two gradients add up to f r (positions (1 + s^2))^1/2, from which f:
+
+        look-up   s forward, f s for the table
+        attend    r forward and for the query, f r = (positions (1 + s^2))^-1/2 for
+                  the table.
+
+    Neither depends on the shapes of a call. Without `tied` the table has `embedding`'s
+    own factor, and `attend` is refused: a `LinearReadout` gives the query, and all that
+    is before it, cotangents of unit scale.
     """
 
     def __init__(
@@ -243,8 +287,10 @@ class Embed(nnx.Embed):
         *,
         embedding_init: nnx.Initializer = unit_normal,
         embedding_metadata: Any = None,
+        tied: int | None = None,
         batch_axis_name: AxisName | None = None,
         output_scale: float = 1.0,
+        logits_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
@@ -257,23 +303,56 @@ class Embed(nnx.Embed):
             rngs=rngs,
             **namesake,
         )
+        if tied is not None and (isinstance(tied, bool) or tied < 1):
+            raise ValueError(
+                f"`tied` must be None or the positions of a batch, got {tied}."
+            )
+        self.tied = tied
         self.batch_axis_name = batch_axis_name
         self.output_scale = output_scale
+        self.logits_scale = logits_scale
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        if out_sharding is not None:
-            raise ValueError(
-                "`out_sharding` is not supported: constrain the output's sharding with "
-                "`jax.lax.with_sharding_constraint`."
-            )
         (table,) = self.promote_dtype(
             (self.embedding[...],), dtype=self.dtype, inexact=False
         )
-        y = embedding(table, inputs, batch_axis_name=self.batch_axis_name)
-        return scale_fwd(y, self.output_scale)
+        look_up: Callable[..., jax.Array]
+        if self.tied is None:
+            look_up = ft.partial(embedding, batch_axis_name=self.batch_axis_name)
+        else:
+            look_up = embedding.fn
+            ratio = self.output_scale * self.features / self.logits_scale
+            table = scale_bwd(table, ratio * _attend_factor(self))
+        if out_sharding is not None:
+            look_up = jax.sharding.auto_axes(look_up, out_sharding=out_sharding)
+        return scale_fwd(look_up(table, inputs), self.output_scale)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
-        raise NotImplementedError(
-            "a tied table sums the gradients of look-up and readout, whose factors "
-            "differ; use a `LinearReadout` of its own."
+        """The logits [..., vocabulary] of a query [..., features], with a tied table.
+
+        Raises:
+            ValueError: without `tied`.
+        """
+        if self.tied is None:
+            raise ValueError(
+                "`attend` sums the gradients of look-up and logits in one table, whose "
+                "factors differ: build `Embed(..., tied=positions)` with the positions "
+                "of a batch, or use a `LinearReadout` of its own."
+            )
+        query, table = self.promote_dtype(
+            (query, self.embedding[...]), dtype=self.dtype
         )
+        kernel = table.T
+        own = linear_readout.factors(query, kernel).bwd["kernel"]
+        return linear_readout(
+            scale_bwd(query, self.logits_scale),
+            scale_bwd(kernel, _attend_factor(self) / own),
+            dot_general=times(lax.dot_general, self.logits_scale),
+            constraint=to_output_scale,
+            out_sharding=out_sharding,
+        )
+
+
+def _attend_factor(embed: Any) -> float:
+    """That of a tied table in `attend`, whatever the look-up's is."""
+    return (embed.tied * (1 + embed.output_scale**2)) ** -0.5

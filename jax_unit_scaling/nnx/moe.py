@@ -10,6 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
+from ..layers.transformer import feed_forward
 from ..op import AxisName
 from ..ops.activation import silu_glu
 from ..ops.contraction import ragged_dot
@@ -145,6 +146,13 @@ class MoE(nnx.Module):
         return self.router(tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32)))
 
     def _apply_experts(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
-        up = self.up(rows, sizes)
-        gate = () if self.gate is None else (self.gate(rows, sizes),)
-        return self.down(self.activation(up, *gate), sizes)
+        def expert(layer: ExpertLinear) -> Callable[[jax.Array], jax.Array]:
+            return lambda rows: layer(rows, sizes)
+
+        return feed_forward(
+            expert(self.up),
+            None if self.gate is None else expert(self.gate),
+            expert(self.down),
+            rows,
+            activation=self.activation,
+        )

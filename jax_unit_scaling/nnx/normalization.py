@@ -1,127 +1,152 @@
 """Norms and dropout, drop-in for their `flax.nnx` namesakes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..op import AxisName, axis_size
+from ..layers.normalization import (
+    scaled_affine,
+)
+from ..op import AxisName
 from ..ops.dropout import dropout
 from ..ops.normalization import group_norm, layer_norm, rms_norm
 from ..parameters import role_metadata
-from ..scale import scaled
 
 
-class LayerNorm(nnx.LayerNorm):
-    """`flax.nnx.LayerNorm` over the last axis, computed by `layer_norm`."""
+class _Norm(nnx.Module):
+    """What each norm adds to its namesake: construction, mask and promotion."""
 
     def __init__(
         self,
-        num_features: int,
-        *,
+        *sizes: int | None,
         scale_metadata: Any = None,
-        bias_metadata: Any = None,
         batch_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
-        super().__init__(
-            num_features,
+        super().__init__(  # type: ignore[call-arg]
+            *sizes,
             scale_metadata=role_metadata("norm") | dict(scale_metadata or {}),
-            bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
             rngs=rngs,
             **namesake,
         )
-        _check_axes(self)
         self.batch_axis_name = batch_axis_name
+
+    def _apply(
+        self: Any,
+        op: Callable[..., jax.Array],
+        x: jax.Array,
+        mask: jax.Array | None,
+        *parameters: nnx.Param[jax.Array] | None,
+        feature_axes: int | Sequence[int] = -1,
+        **options: Any,
+    ) -> jax.Array:
+        values = (None if p is None else p[...] for p in parameters)
+        x, *affine = self.promote_dtype((x, *values), dtype=self.dtype)
+        features = tuple_of_axes(x.ndim, feature_axes)
+        shape = [n if i in features else 1 for i, n in enumerate(x.shape)]
+        return op(
+            x,
+            *(None if p is None else p.reshape(shape) for p in affine),
+            None if mask is None else mask.astype(jnp.bool_),
+            epsilon=self.epsilon,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            batch_axis_name=self.batch_axis_name,
+            **options,
+        )
+
+
+def tuple_of_axes(rank: int, axes: int | Sequence[int]) -> tuple[int, ...]:
+    """Axes of an array of this rank, counted from 0."""
+    return tuple(a % rank for a in ((axes,) if isinstance(axes, int) else axes))
+
+
+class _BiasedNorm(_Norm):
+    """A norm with a bias, which has a role as well."""
+
+    def __init__(self, *sizes: int | None, bias_metadata: Any = None, **more: Any):
+        bias_metadata = role_metadata("bias") | dict(bias_metadata or {})
+        super().__init__(*sizes, bias_metadata=bias_metadata, **more)
+
+
+class LayerNorm(_BiasedNorm, nnx.LayerNorm):
+    """`flax.nnx.LayerNorm`, computed by `layer_norm`.
+
+    All norms take the arguments of their namesakes and `batch_axis_name`, the named
+    axes that split the batch of gain and bias. Their variance is never the fast one.
+    """
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        _check_mask(mask)
-        x, scale, bias = self.promote_dtype(
-            (x, _value(self.scale), _value(self.bias)), dtype=self.dtype
-        )
-        return layer_norm(
+        return self._apply(
+            layer_norm,
             x,
-            scale,
-            bias,
-            epsilon=self.epsilon,
-            batch_axis_name=self.batch_axis_name,
+            mask,
+            self.scale,
+            self.bias,
+            feature_axes=self.feature_axes,
+            axis=self.reduction_axes,
         )
 
 
-class RMSNorm(nnx.RMSNorm):
-    """`flax.nnx.RMSNorm` over the last axis, computed by `rms_norm`."""
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        scale_metadata: Any = None,
-        batch_axis_name: AxisName | None = None,
-        rngs: nnx.Rngs,
-        **namesake: Any,
-    ):
-        super().__init__(
-            num_features,
-            scale_metadata=role_metadata("norm") | dict(scale_metadata or {}),
-            rngs=rngs,
-            **namesake,
-        )
-        _check_axes(self)
-        self.batch_axis_name = batch_axis_name
+class RMSNorm(_Norm, nnx.RMSNorm):
+    """`flax.nnx.RMSNorm`, computed by `rms_norm`: see `LayerNorm`."""
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        _check_mask(mask)
-        x, scale = self.promote_dtype((x, _value(self.scale)), dtype=self.dtype)
-        return rms_norm(
-            x, scale, epsilon=self.epsilon, batch_axis_name=self.batch_axis_name
+        return self._apply(
+            rms_norm,
+            x,
+            mask,
+            self.scale,
+            feature_axes=self.feature_axes,
+            axis=self.reduction_axes,
         )
 
 
-class GroupNorm(nnx.GroupNorm):
-    """`flax.nnx.GroupNorm` of [batch, ..., channels], computed by `group_norm`."""
+class InstanceNorm(_BiasedNorm, nnx.InstanceNorm):
+    """`flax.nnx.InstanceNorm`, computed by `layer_norm`: see `LayerNorm`.
 
-    def __init__(
-        self,
-        num_features: int,
-        *groups: int | None,
-        scale_metadata: Any = None,
-        bias_metadata: Any = None,
-        batch_axis_name: AxisName | None = None,
-        rngs: nnx.Rngs,
-        **namesake: Any,
-    ):
-        super().__init__(
-            num_features,
-            *groups,
-            scale_metadata=role_metadata("norm") | dict(scale_metadata or {}),
-            bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
-            rngs=rngs,
-            **namesake,
-        )
-        _check_axis_name(self)
-        if self.reduction_axes is not None:
-            raise ValueError(
-                "`reduction_axes` must be None, every axis but the first, got "
-                f"{self.reduction_axes}: reshape the input to one batch axis."
-            )
-        self.batch_axis_name = batch_axis_name
+    Statistics are over all axes but the first and `feature_axes`.
+    """
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        _check_mask(mask)
-        x, scale, bias = self.promote_dtype(
-            (x, _value(self.scale), _value(self.bias)), dtype=self.dtype
-        )
-        return group_norm(
+        features = tuple_of_axes(x.ndim, self.feature_axes)
+        if 0 in features:
+            raise ValueError(
+                "`feature_axes` must leave out the first axis, the batch's, got "
+                f"{self.feature_axes} for an input of shape {x.shape}."
+            )
+        return self._apply(
+            layer_norm,
             x,
-            scale,
-            bias,
+            mask,
+            self.scale,
+            self.bias,
+            feature_axes=features,
+            axis=tuple(a for a in range(1, x.ndim) if a not in features),
+        )
+
+
+class GroupNorm(_BiasedNorm, nnx.GroupNorm):
+    """`flax.nnx.GroupNorm`, computed by `group_norm`: see `LayerNorm`.
+
+    Its `reduction_axes` may leave out any axis but the last (Flax's repeats statistics
+    along the wrong one where they leave out more than the first).
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        return self._apply(
+            group_norm,
+            x,
+            mask,
+            self.scale,
+            self.bias,
             num_groups=self.num_groups,
-            epsilon=self.epsilon,
-            batch_axis_name=self.batch_axis_name,
+            axis=self.reduction_axes,
         )
 
 
@@ -163,17 +188,11 @@ class _PromoteAndScale:
 
     def __call__(self, arrays: Any, /, **options: Any) -> Any:
         x, mean, var, *affine = self.promote_dtype(arrays, **options)
-        batch = max(x.size // mean.size, 1) * axis_size(self.batch_axis_name)
-        # float32, as the statistics: float16 could not hold a sum over the batch.
-        wide = jnp.promote_types(x.dtype, jnp.float32)
         return (
             x,
             mean,
             var,
-            *(
-                None if p is None else scaled(p.astype(wide), bwd=batch**-0.5)
-                for p in affine
-            ),
+            *scaled_affine(affine, x, mean.size, self.batch_axis_name),
         )
 
 
@@ -203,29 +222,3 @@ class Dropout(nnx.Dropout):
             return jnp.zeros_like(inputs)
         dims = tuple(d % inputs.ndim for d in self.broadcast_dims)
         return dropout(inputs, key, rate=self.rate, broadcast_dims=dims)
-
-
-def _value(parameter: nnx.Param[jax.Array] | None) -> jax.Array | None:
-    return None if parameter is None else parameter[...]
-
-
-def _check_axes(norm: Any) -> None:
-    for name in ("reduction_axes", "feature_axes"):
-        if getattr(norm, name) not in (-1, (-1,)):
-            raise ValueError(
-                f"`{name}` must be -1, the last axis, got {getattr(norm, name)}."
-            )
-    _check_axis_name(norm)
-
-
-def _check_axis_name(norm: Any) -> None:
-    if norm.axis_name is not None:
-        raise ValueError("`axis_name` must be None: statistics are over one example.")
-
-
-def _check_mask(mask: jax.Array | None) -> None:
-    if mask is not None:
-        raise ValueError(
-            "`mask` must be None: a masked norm has no factor that is known while "
-            "tracing."
-        )

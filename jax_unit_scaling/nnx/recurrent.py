@@ -1,10 +1,4 @@
-"""Recurrent cells and their loop, drop-in for their `flax.nnx` namesakes.
-
-Pre-activations are the sum of a unit-scaled product of the input and one of the hidden
-state, in equal shares; candidates are unit-scaled; gates are plain functions, and what
-they multiply has the factors (`gated`, `gated_carry`). All factors of activations agree
-in both passes, so gradients are true up to a constant for each parameter.
-"""
+"""Recurrent cells and their loop, drop-in for their `flax.nnx` namesakes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +9,18 @@ from flax import nnx
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
+from ..layers.recurrent import (
+    each_step,
+    gru_step,
+    highway_step,
+    lstm_step,
+    simple_step,
+)
 from ..op import AxisName
-from ..ops.activation import tanh, unit_scaled
 from ..ops.arithmetic import weighted_add
-from ..ops.recurrent import gated, gated_carry
 from ..parameters import role_metadata
-from ..scale import scale_bwd
 from .linear import Linear, unit_normal
+from .weights import with_weights
 
 
 class _Cell(nnx.RNNCellBase):
@@ -78,9 +77,6 @@ class _Cell(nnx.RNNCellBase):
                 layer.kernel, layer.bias = plain.kernel, plain.bias
                 setattr(self, name, layer)
 
-    def _activation(self, x: jax.Array) -> jax.Array:
-        return unit_scaled(self.activation_fn)(x)
-
 
 class SimpleCell(_Cell, nnx.SimpleCell):
     """`flax.nnx.SimpleCell` with unit scale: h' = tanh(W_i x + W_h h), or with `+ h`.
@@ -93,10 +89,13 @@ class SimpleCell(_Cell, nnx.SimpleCell):
     def __call__(
         self, carry: jax.Array, inputs: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        recurrent = self.dense_h(carry)
-        if self.residual:  # the carry's half is divided: more of it would be unstable
-            recurrent = weighted_add(recurrent, carry)
-        h = self._activation(weighted_add(self.dense_i(inputs), recurrent))
+        h = simple_step(
+            self.dense_i(inputs),
+            self.dense_h(carry),
+            carry,
+            activation_fn=self.activation_fn,
+            residual=self.residual,
+        )
         return h, h
 
 
@@ -111,8 +110,11 @@ class LSTMCell(_Cell, nnx.LSTMCell):
             (self.hi, self.hf, self.hg, self.ho),
             strict=True,
         )
-        h = carry[1]
-        return _lstm(self, carry, *(weighted_add(i(inputs), r(h)) for i, r in pairs))
+        c, h = carry
+        gates = (weighted_add(i(inputs), r(h)) for i, r in pairs)
+        return lstm_step(
+            c, *gates, gate_fn=self.gate_fn, activation_fn=self.activation_fn
+        )
 
 
 class OptimizedLSTMCell(_Cell, nnx.OptimizedLSTMCell):
@@ -121,21 +123,11 @@ class OptimizedLSTMCell(_Cell, nnx.OptimizedLSTMCell):
     def __call__(
         self, carry: tuple[jax.Array, jax.Array], inputs: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        y = weighted_add(self.dense_i(inputs), self.dense_h(carry[1]))
-        return _lstm(self, carry, *jnp.split(y, 4, axis=-1))
-
-
-def _lstm(
-    cell: _Cell,
-    carry: tuple[jax.Array, jax.Array],
-    i: jax.Array,
-    f: jax.Array,
-    g: jax.Array,
-    o: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    c = gated_carry(carry[0], cell._activation(g), f, i, gate_fn=cell.gate_fn)
-    h = gated(cell._activation(c), o, gate_fn=cell.gate_fn)
-    return (c, h), h
+        c, h = carry
+        gates = jnp.split(weighted_add(self.dense_i(inputs), self.dense_h(h)), 4, -1)
+        return lstm_step(
+            c, *gates, gate_fn=self.gate_fn, activation_fn=self.activation_fn
+        )
 
 
 class GRUCell(_Cell, nnx.GRUCell):
@@ -144,11 +136,11 @@ class GRUCell(_Cell, nnx.GRUCell):
     def __call__(
         self, carry: jax.Array, inputs: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        ir, iz, i_n = jnp.split(self.dense_i(inputs), 3, axis=-1)
-        hr, hz, hn = jnp.split(self.dense_h(carry), 3, axis=-1)
-        reset = gated(hn, weighted_add(ir, hr), gate_fn=self.gate_fn)
-        n = self._activation(weighted_add(i_n, reset))
-        h = gated_carry(carry, n, weighted_add(iz, hz), gate_fn=self.gate_fn)
+        products = (self.dense_i(inputs), self.dense_h(carry))
+        pairs = zip(*(jnp.split(y, 3, axis=-1) for y in products), strict=True)
+        h = gru_step(
+            carry, *pairs, gate_fn=self.gate_fn, activation_fn=self.activation_fn
+        )
         return h, h
 
 
@@ -197,10 +189,7 @@ class RecurrentHighwayCell(nnx.RNNCellBase):
     def __call__(
         self, carry: jax.Array, inputs: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        both = jnp.concatenate([inputs, carry], axis=-1)
-        t, u = jnp.split(self.dense(both), 2, axis=-1)
-        # 1 - sigmoid(x) = sigmoid(-x), for which -u is as unit-normal as u.
-        h = gated_carry(carry, tanh(t), -u, bias=self.rebias)
+        h = highway_step(self.dense, carry, inputs, rebias=self.rebias)
         return h, h
 
     initialize_carry = nnx.GRUCell.initialize_carry
@@ -220,8 +209,16 @@ class RNN(nnx.RNN):
     ) -> Any:
         time_major = self.time_major if time_major is None else time_major
         axis = 0 if time_major else -1 - self.cell.num_feature_axes
-        factor = max(inputs.shape[axis], 1) ** -0.5
-        graph, params, *rest = nnx.split(self, nnx.Param, ...)
-        params = jax.tree.map(lambda p: scale_bwd(p, factor), params)
-        twin = nnx.merge(graph, params, *rest)  # shares all state that is no parameter
+        steps = inputs.shape[axis]
+        twin = with_weights(self, nnx.Param, lambda _, p: each_step(p, steps))
         return nnx.RNN.__call__(twin, inputs, time_major=time_major, **namesake)
+
+
+class Bidirectional(nnx.Bidirectional):
+    """`flax.nnx.Bidirectional` of two `RNN`s of unit-scaled cells.
+
+    Factors: 1 throughout. Both halves of the output have unit scale; so has what a
+    `merge_fn` makes of them if it keeps the scale, as concatenation and `weighted_add`
+    do and `jnp.add` does not. The two cotangents of the input add up to sqrt(2), which
+    a constraint would have the output pay for.
+    """

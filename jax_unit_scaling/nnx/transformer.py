@@ -8,29 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
-from ..op import AxisName
+from ..layers.attention import SOW_WEIGHTS, Attention, Cache
+from ..layers.transformer import block_taus, check_stack, feed_forward, pre_norm
+from ..op import AxisName, axis_names
 from ..ops.activation import silu_glu
-from ..ops.attention import dot_product_attention, rotary
-from ..ops.residual import residual_apply, transformer_residual_rule
 from .depth import set_depth
 from .linear import Linear, LinearGeneral, unit_normal
 from .normalization import Dropout, LayerNorm, RMSNorm
 
 
-@dataclasses.dataclass(frozen=True)
-class _Attention:
-    """`dot_product_attention` with the signature that Flax calls `attention_fn` by."""
-
-    formats: Formats | None
-    mult: float
-    rotary_base: float | None
-    local_window_size: int | tuple[int, int] | None
-    length: int | None
-    constraint: Constraint | None
+class _Attention(Attention):
+    """`Attention` with the signature that Flax calls `attention_fn` by."""
 
     def __call__(
         self,
@@ -38,73 +29,35 @@ class _Attention:
         key: jax.Array,
         value: jax.Array,
         *,
-        mask: jax.Array | None,
-        dropout_rng: jax.Array | None,
-        dropout_rate: float,
-        broadcast_dropout: bool,
-        deterministic: bool,
-        precision: Any,
         module: Any,
-        is_causal: bool,
-        input_positions: jax.Array | None = None,
-        **_: Any,
+        dtype: Any = None,
+        **options: Any,
     ) -> jax.Array:
         """`module`, where given, is the one whose cache to decode with."""
-        positions = None if module is None else _positions(module, query)
-        if self.rotary_base is not None:
-            turns = positions if input_positions is None else input_positions
-            query, key = (rotary(x, turns, base=self.rotary_base) for x in (query, key))
-        elif input_positions is not None:
-            raise ValueError("`input_positions` are without effect: set `rotary_base`.")
-        if module is not None:
-            key, value = _cached(module, key, value)
-        return dot_product_attention(
-            query,
-            key,
-            value,
-            None if mask is None else mask.astype(jnp.bool_),
-            None,
-            positions,
-            dropout_rng,
-            is_causal=is_causal or module is not None,
-            local_window_size=self.local_window_size,
-            length=self.length,
-            mult=self.mult,
-            dropout_rate=0.0 if deterministic else dropout_rate,
-            broadcast_dropout=broadcast_dropout,
-            precision=precision,
-            formats=self.formats,
-            constraint=self.constraint,
-        )
+        cache = None if module is None else _cache(module)
+        y, cache = self.attend(query, key, value, cache, **options)
+        if cache is not None:
+            module.cached_key[...] = cache.key
+            module.cached_value[...] = cache.value
+            module.cache_index[...] = cache.filled
+        return y
 
 
-def _positions(module: Any, query: jax.Array) -> jax.Array:
+def with_constraint(
+    attention_fn: Callable[..., jax.Array], constraint: Constraint | None
+) -> Callable[..., jax.Array]:
+    """The attention of a `MultiHeadAttention` under another constraint than that of its
+    projections; a user's own attention has none."""
+    if not isinstance(attention_fn, _Attention):
+        return attention_fn
+    return dataclasses.replace(attention_fn, constraint=constraint)
+
+
+def _cache(module: Any) -> Cache:
     if module.cache_index is None:
         raise ValueError("`decode` needs a cache: call `init_cache` first.")
-    return module.cache_index[...] + jnp.arange(query.shape[-3])
-
-
-def _cached(
-    module: Any, key: jax.Array, value: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Writes keys and values behind those in the cache; returns all of them."""
-    *batch, room, heads, size = module.cached_key.shape
-    length = key.shape[-3]
-    if key.shape != (*batch, length, heads, size) or length > room:
-        raise ValueError(
-            f"`inputs_q` must fit the cache of shape {module.cached_key.shape}, got "
-            f"keys of shape {key.shape}: call `init_cache` with the shape of the "
-            "longest input."
-        )
-    start = (*len(batch) * (0,), module.cache_index[...], 0, 0)
-    for cache, x in ((module.cached_key, key), (module.cached_value, value)):
-        cache[...] = lax.dynamic_update_slice(
-            cache[...], x.astype(cache[...].dtype), start
-        )
-    module.cache_index[...] += length
-    return (
-        module.cached_key[...].astype(key.dtype),
-        module.cached_value[...].astype(value.dtype),
+    return Cache(
+        module.cached_key[...], module.cached_value[...], module.cache_index[...]
     )
 
 
@@ -122,6 +75,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             the model also sees other lengths; without it a call's own counts, and in
             decoding the cache's.
         constraint, batch_axis_name: as in `Linear`.
+        model_axis_name: axes over which the heads are split, inside `shard_map`.
 
     Decoding takes any number of tokens at a time, a whole prompt as well as one token:
     the output does not depend on how a sequence is cut. It is that of the whole
@@ -143,6 +97,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         length: int | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        model_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
@@ -162,6 +117,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         inits = {"out": out_kernel_init or kernel_init}
         for name in ("query", "key", "value", "out"):
             plain = getattr(self, name)
+            heads_first = name == "out"
             projection = LinearGeneral(
                 plain.in_features,
                 plain.out_features,
@@ -179,6 +135,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 formats=formats,
                 constraint=constraint,
                 batch_axis_name=batch_axis_name,
+                in_axis_name=model_axis_name if heads_first else None,
+                out_axis_name=None if heads_first else model_axis_name,
                 rngs=rngs,
             )
             if plain.bias is not None and projection.bias is not None:
@@ -193,7 +151,9 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 param_dtype=plain.param_dtype,
                 promote_dtype=plain.promote_dtype,
                 scale_metadata=plain.scale.get_metadata(),
-                batch_axis_name=batch_axis_name,
+                # Its gain is shared by the heads, which are part of its batch.
+                batch_axis_name=axis_names(batch_axis_name)
+                + axis_names(model_axis_name),
                 rngs=rngs,
             )
             setattr(self, name, norm)
@@ -211,11 +171,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         decode = bool(self.decode if decode is None else decode)
         if isinstance(self.attention_fn, _Attention):
             if sow_weights:
-                raise ValueError(
-                    "`sow_weights` must be False: attention's weights stay inside the "
-                    "operation. Pass `attention_fn=flax.nnx.dot_product_attention` to "
-                    "look at plain ones."
-                )
+                raise ValueError(SOW_WEIGHTS)
             # The namesake decodes one token at a time, and then gives `attention_fn`
             # no positions. So ours decodes, and is handed the module, in the one way
             # there is, for its cache.
@@ -238,6 +194,8 @@ class MLP(nnx.Module):
         hidden_features: the size between.
         activation: a unit-scaled function of two arrays if `gated`, else of one.
         gated: whether there is a gate.
+        model_axis_name: axes over which the hidden features are split, inside
+            `shard_map`.
         formats, constraint, batch_axis_name and the rest: as in `Linear`.
     """
 
@@ -248,50 +206,34 @@ class MLP(nnx.Module):
         *,
         activation: Callable[..., jax.Array] = silu_glu,
         gated: bool = True,
+        model_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
         **linear: Any,
     ):
-        def layer(d_in: int, d_out: int) -> Linear:
-            return Linear(d_in, d_out, rngs=rngs, **linear)
+        def layer() -> Linear:
+            return Linear(
+                in_features,
+                hidden_features,
+                out_axis_name=model_axis_name,
+                rngs=rngs,
+                **linear,
+            )
 
-        self.up = layer(in_features, hidden_features)
-        self.gate = layer(in_features, hidden_features) if gated else nnx.data(None)
-        self.down = layer(hidden_features, in_features)
+        self.up = layer()
+        self.gate = layer() if gated else nnx.data(None)
+        self.down = Linear(
+            hidden_features,
+            in_features,
+            in_axis_name=model_axis_name,
+            rngs=rngs,
+            **linear,
+        )
         self.activation = activation
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        up = self.up(inputs)
-        if self.gate is None:
-            return self.down(self.activation(up))
-        return self.down(self.activation(up, self.gate(inputs)))
-
-
-Norm = Callable[[jax.Array], jax.Array]
-Branch = Callable[[jax.Array], jax.Array]
-
-
-def pre_norm(norm: Norm, branch: Branch, x: jax.Array, *, tau: float) -> jax.Array:
-    """A residual branch that starts with its norm: skip x + w branch(norm(x))."""
-    return residual_apply(lambda x: branch(norm(x)), x, tau=tau)
-
-
-def post_norm(norm: Norm, branch: Branch, x: jax.Array, *, tau: float) -> jax.Array:
-    """A norm behind the residual add: norm(skip x + w branch(x)).
-
-    Reference: Attention Is All You Need (Vaswani et al., 2017), section 3.1.
-    """
-    return norm(residual_apply(branch, x, tau=tau))
-
-
-def branch_norm(norm: Norm, branch: Branch, x: jax.Array, *, tau: float) -> jax.Array:
-    """A residual branch that ends with its norm: skip x + w norm(branch(x)).
-
-    Every branch then has unit scale, also where values that are correlated along the
-    sequence make attention's output large.
-
-    Reference: mu-nit Scaling (Narayan et al., 2025), "Res-Post-LayerNorm".
-    """
-    return residual_apply(lambda x: norm(branch(x)), x, tau=tau)
+        return feed_forward(
+            self.up, self.gate, self.down, inputs, activation=self.activation
+        )
 
 
 class TransformerBlock(nnx.Module):
@@ -317,6 +259,9 @@ class TransformerBlock(nnx.Module):
         activation, gated: the MLP's.
         dropout_rate: what is dropped of each branch's output.
         use_bias, formats, dtype, param_dtype, batch_axis_name: of all its layers.
+        model_axis_name: axes over which attention's heads and the MLP's hidden features
+            are split, inside `shard_map`. Elsewhere every device holds all features:
+            there is one `psum` at the end of each branch.
 
     Reference: u-muP (Blake et al., 2024), appendix G.
     """
@@ -342,8 +287,7 @@ class TransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
         **linear: Any,
     ):
-        rule = residual_rule or transformer_residual_rule()
-        self.taus = tuple(rule(2 * index + i, 2 * depth) for i in range(2))
+        self.taus = block_taus(residual_rule, index, depth)
         self.placement = placement
         self.is_causal = is_causal
         linear = {"use_bias": False} | linear
@@ -437,8 +381,7 @@ class TransformerStack(nnx.Module):
         rngs: nnx.Rngs,
         **block: Any,
     ):
-        if depth < 1:
-            raise ValueError(f"`depth` must be 1 or more, got {depth}.")
+        check_stack(depth)
         self.remat = remat
         self.blocks = nnx.List(
             TransformerBlock(

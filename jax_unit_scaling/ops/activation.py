@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from ..constraints import Constraint, to_output_scale
 from ..moments import Moments, moments
-from ..op import Case, Factors, Op, case, scaled_op
+from ..op import AxisName, Case, Constant, Factors, Op, case, scaled_op
 from ..scale import check_factor
 
 P = ParamSpec("P")
@@ -242,6 +242,43 @@ def gelu_glu(
 ) -> X:
     """Unit-scaled GEGLU gate, `x * gelu(mult * gate) / mult`; factors as `silu_glu`."""
     return x * gelu.fn(gate, mult=mult, approximate=approximate)
+
+
+def _prelu_rule(x: Any, negative_slope: Any, *, initial_slope: float) -> Factors:
+    if jnp.broadcast_shapes(negative_slope.shape, x.shape) != x.shape:
+        raise ValueError(
+            f"`negative_slope` must be broadcastable to `x` of shape {x.shape}, got "
+            f"shape {negative_slope.shape}."
+        )
+    m = _moments(jax.nn.leaky_relu, {"negative_slope": initial_slope})
+    # The slope's cotangent adds up min(x, 0) g over all that it multiplies, whose mean
+    # square is 1/2: half of x is negative.
+    slope = (2 * max(negative_slope.size, 1) / max(x.size, 1)) ** 0.5
+    return Factors(1 / m.std, {"x": 1 / m.slope_rms, "negative_slope": slope})
+
+
+@scaled_op(
+    rule=_prelu_rule,
+    parameters=("negative_slope",),
+    cases=(
+        case((64, 4096), Constant((4096,), 0.01)),
+        case((64, 4096), Constant((64, 4096), 0.25), initial_slope=0.25),
+    ),
+)
+def prelu(
+    x: Float[Array, "..."],
+    negative_slope: Float[Array, "..."],
+    *,
+    initial_slope: float = 0.01,
+    constraint: Constraint | None = to_output_scale,
+    batch_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    """Unit-scaled parametric ReLU: x, and `negative_slope` x where x is negative.
+
+    Factors: those of `leaky_relu` with the `initial_slope`, as no factor can follow
+    what is learnt; (2 slopes / inputs)^1/2 for `negative_slope`.
+    """
+    return jnp.where(x >= 0, x, negative_slope * x)
 
 
 # What the quadrature gives at the default options (a test compares them): it takes a

@@ -93,6 +93,8 @@ def dot_general(
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Unit-scaled `jax.lax.dot_general`; `rhs` is a parameter, as in a Flax module.
 
@@ -114,25 +116,35 @@ def dot_general(
 
 
 def _linear_rule(
-    x: Any, kernel: Any, bias: Any = None, *, axis: int | Sequence[int], **_: Any
+    x: Any,
+    kernel: Any,
+    bias: Any = None,
+    *,
+    axis: int | Sequence[int],
+    batch_axes: int = 0,
+    **_: Any,
 ) -> Factors:
     axes = _axes(x, axis)
-    fan_in, out = kernel.shape[: len(axes)], kernel.shape[len(axes) :]
-    if fan_in != tuple(x.shape[a] for a in axes):
+    shared = tuple(range(batch_axes)) + axes
+    sizes, out = tuple(x.shape[a] for a in shared), kernel.shape[len(shared) :]
+    if kernel.shape[: len(shared)] != sizes or len({*shared}) != len(shared):
         raise ValueError(
-            f"`kernel` must begin with the sizes of `x`'s axes {axis}, "
-            f"{tuple(x.shape[a] for a in axes)}, got shape {kernel.shape} for `x` of "
-            f"shape {x.shape}."
+            f"`kernel` must begin with the sizes of `x`'s axes {shared}, each once, "
+            f"{sizes}, got shape {kernel.shape} for `x` of shape {x.shape}."
         )
-    if bias is not None and bias.shape != out:
+    bias_shape = out
+    if batch_axes:
+        free = len(x.shape) - len(shared)
+        bias_shape = (*sizes[:batch_axes], *free * (1,), *out)
+    if bias is not None and bias.shape != bias_shape:
         raise ValueError(
-            f"`bias` must have the shape {out} of the rest of `kernel` "
+            f"`bias` must have the shape {bias_shape} of the rest of `kernel` "
             f"{kernel.shape}, got {bias.shape}."
         )
     terms = math.prod(x.shape) * math.prod(out)
     return factors_of_sum(
         terms,
-        out=terms // max(math.prod(fan_in), 1),
+        out=terms // max(math.prod(sizes[batch_axes:]), 1),
         x=math.prod(x.shape),
         kernel=math.prod(kernel.shape),
         bias=math.prod(kernel.shape),  # summed over the batch, as each weight is
@@ -155,13 +167,27 @@ _LINEAR_CASES = (
 )
 
 
-@scaled_op(rule=_linear_rule, parameters=("kernel", "bias"), cases=_LINEAR_CASES)
+@scaled_op(
+    rule=_linear_rule,
+    parameters=("kernel", "bias"),
+    cases=(
+        *_LINEAR_CASES,
+        case(
+            (4, 96, 64),
+            (4, 64, 32, 128),
+            Zeros((4, 1, 32, 128)),
+            axis=-1,
+            batch_axes=1,
+        ),
+    ),
+)
 def linear(
     x: Float[Array, "..."],
     kernel: Float[Array, "..."],
     bias: Float[Array, "..."] | None = None,
     *,
     axis: int | Sequence[int] = -1,
+    batch_axes: int = 0,
     dot_general: DotGeneral = lax.dot_general,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
@@ -169,19 +195,36 @@ def linear(
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Unit-scaled `x @ kernel + bias`: x [..., in], kernel [in, out], bias [out].
 
     Contracts `axis` of `x` with the leading axes of `kernel`; `in` and `out` may each
-    be several axes. `dot_general` computes the plain product.
+    be several axes. `dot_general` computes the plain product. `x` and `kernel` may have
+    `batch_axes` leading axes in common, with a kernel of its own for each place on them
+    (and `bias` then has axes of size one for those of `x` that are left).
 
     Factors: in^-1/2 forward, out^-1/2 for `x`, batch^-1/2 for `kernel` and `bias`. The
     bias is added after the forward factor.
 
+    Inside `shard_map` each device sees a piece, and the factors are those of the whole
+    for the names of the mesh axes that split it:
+
+        batch_axis_name: the batch. Also in `pmap` and in a `vmap` over examples.
+        in_axis_name: the axes that are contracted, of `x` and `kernel`. The pieces'
+            products are added up over it (`psum`), before the bias.
+        out_axis_name: the output's axes, of `kernel` and `bias`.
+
+    So a feed-forward layer's first product has `out_axis_name="model"` and its second
+    `in_axis_name="model"`, as in Megatron.
+
     Reference: Unit Scaling (Blake et al., 2023), table A.2; u-muP, table 2.
     """
     axes = _axes(x, axis)
-    numbers = ((axes, tuple(range(len(axes)))), ((), ()))
+    batch = tuple(range(batch_axes))
+    contracted = tuple(range(batch_axes, batch_axes + len(axes)))
+    numbers = ((axes, contracted), (batch, batch))
     options = _options(precision, preferred_element_type, out_sharding)
     product = ft.partial(dot_general, dimension_numbers=numbers, **options)
     y = rounded(product, formats)(x, kernel)
@@ -200,16 +243,12 @@ def _options(
     return {"precision": precision} | given
 
 
-def _readout_rule(x: Any, kernel: Any, bias: Any = None, **options: Any) -> Factors:
-    factors = _linear_rule(x, kernel, bias, **options)
-    return Factors(factors.fwd**2, factors.bwd)
-
-
 @scaled_op(
-    rule=_readout_rule,
+    rule=_linear_rule,
     parameters=("kernel", "bias"),
     cases=_LINEAR_CASES,
     unscaled=("out",),
+    fwd_power=2,
 )
 def linear_readout(
     x: Float[Array, "..."],
@@ -224,6 +263,8 @@ def linear_readout(
     formats: Formats | None = None,
     constraint: Constraint | None = None,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Unit-scaled `linear` for a model's last product, the way to its logits.
 
@@ -433,6 +474,8 @@ def einsum_linear(
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Unit-scaled `jnp.einsum` of an activation and a parameter, plus `bias`.
 
@@ -496,6 +539,8 @@ def ragged_dot(
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "m n"]:
     """Unit-scaled `jax.lax.ragged_dot`: each group of rows times its own matrix.
 

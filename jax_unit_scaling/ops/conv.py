@@ -324,6 +324,7 @@ def conv_transpose(
     padding: Padding = "SAME",
     kernel_dilation: PerAxis = 1,
     transpose_kernel: bool = False,
+    conv_general_dilated: Callable[..., Array] = lax.conv_general_dilated,
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
     formats: Formats | None = None,
@@ -334,7 +335,8 @@ def conv_transpose(
     in, out] (or [*window, out, in] where `transpose_kernel`), bias [out].
 
     The options are those of `flax.nnx.ConvTranspose`. `padding` is "SAME", "VALID",
-    "CIRCULAR", an integer, or an integer or a pair (low, high) for each axis.
+    "CIRCULAR", an integer, or an integer or a pair (low, high) for each axis;
+    `conv_general_dilated` computes the plain convolution.
 
     Factors as `conv`, of the same count: away from the borders
     (window in / stride)^-1/2 forward and (window out)^-1/2 for `x`.
@@ -348,7 +350,7 @@ def conv_transpose(
         kernel,
         windows,
         1,
-        lax.conv_general_dilated,
+        conv_general_dilated,
         formats,
         precision=precision,
         preferred_element_type=preferred_element_type,

@@ -1,36 +1,72 @@
 """Norms: their output has unit scale by construction."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ..op import AxisName, Factors, Zeros, case, scaled_op
 
+Axes = int | Sequence[int]
+
 
 def _norm_rule(
-    x: Any, scale: Any = None, bias: Any = None, *, epsilon: float, **_: Any
+    x: Any,
+    scale: Any = None,
+    bias: Any = None,
+    where: Any = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float,
+    **_: Any,
 ) -> Factors:
     if epsilon < 0:
         raise ValueError(f"`epsilon` must be 0 or more, got {epsilon}.")
     if not x.shape:
         raise ValueError("`x` must have an axis to normalise over, got a scalar.")
-    for name, p in (("scale", scale), ("bias", bias)):
-        if p is not None and p.shape != x.shape[-1:]:
+    _axes(x, axis)
+    affine = {"scale": scale, "bias": bias}
+    for name, p in {**affine, "where": where}.items():
+        if p is not None and not _broadcasts(p.shape, x.shape):
             raise ValueError(
-                f"`{name}` must have the shape {x.shape[-1:]} of `x`'s last axis, got "
-                f"{p.shape} for `x` of shape {x.shape}."
+                f"`{name}` must be broadcastable to `x` of shape {x.shape}, got shape "
+                f"{p.shape}."
             )
-    batch = math.prod(x.shape[:-1])
-    shared = batch**-0.5 if batch else 1.0
-    return Factors(1.0, {"x": 1.0, "scale": shared, "bias": shared})
+    if where is not None and where.dtype != jnp.bool_:
+        raise TypeError(f"`where` must be an array of booleans, got {where.dtype}.")
+    size = max(math.prod(x.shape), 1)
+    bwd = {
+        name: math.sqrt(max(math.prod(p.shape), 1) / size)
+        for name, p in affine.items()
+        if p is not None
+    }
+    return Factors(1.0, {"x": 1.0, **bwd})
 
 
-def _rms_rule(x: Any, scale: Any = None, **options: Any) -> Factors:
-    factors = _norm_rule(x, scale, **options)
-    return Factors(factors.fwd, {k: factors.bwd[k] for k in ("x", "scale")})
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    try:
+        return jnp.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
+
+
+def _axes(x: Any, axis: Axes) -> tuple[int, ...]:
+    """Axes of `x`, sorted and counted from 0."""
+    rank = len(x.shape)
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    counted = sorted({a % rank for a in axes if -rank <= a < rank})
+    if len(counted) != len(axes):
+        raise ValueError(
+            f"`axis` must name axes of `x`, each once, got {axis} for shape {x.shape}."
+        )
+    return tuple(counted)
+
+
+def _rms_rule(x: Any, scale: Any = None, where: Any = None, **options: Any) -> Factors:
+    return _norm_rule(x, scale, None, where, **options)
 
 
 # The cotangent of x loses its projections on x (and on a constant): its rms falls short
@@ -38,58 +74,97 @@ def _rms_rule(x: Any, scale: Any = None, **options: Any) -> Factors:
 @scaled_op(
     rule=_norm_rule,
     parameters=("scale", "bias"),
-    cases=(case((256, 128)), case((4, 32, 4096), (4096,), Zeros((4096,)))),
+    cases=(
+        case((256, 128)),
+        case((4, 32, 4096), (4096,), Zeros((4096,))),
+        case((8, 3, 4096), (4096,), Zeros((4096,)), axis=(0, 1, 2)),
+        case((16, 64, 5, 64), (64, 1, 64), Zeros((64, 1, 64)), axis=(1, 2)),
+    ),
 )
 def layer_norm(
     x: Float[Array, "..."],
-    scale: Float[Array, " n"] | None = None,
-    bias: Float[Array, " n"] | None = None,
+    scale: Float[Array, "..."] | None = None,
+    bias: Float[Array, "..."] | None = None,
+    where: Bool[Array, "..."] | None = None,
     *,
+    axis: Axes = -1,
     epsilon: float = 1e-6,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Any = None,
     batch_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
-    """Unit-scaled layer norm over the last axis; statistics in float32 at least.
+    """Unit-scaled layer norm; statistics in float32 at least.
 
-    Factors: 1 forward and for `x`, batch^-1/2 for `scale` and `bias`.
+    Args:
+        x: of any shape.
+        scale, bias: broadcastable to `x`: [features] where these are the last axis.
+        where: broadcastable to `x`; statistics are taken where it is true, and all of
+            `x` is normalised by them.
+        axis: what statistics are taken over: several axes for an instance norm.
+        epsilon: is added to the variance.
+        axis_name, axis_index_groups: gather statistics over devices that hold pieces
+            of `axis`, as `jax.lax.pmean` does.
+        batch_axis_name: the named axes that split the batch of `scale` and `bias`.
+
+    Factors: 1 forward and for `x`, batch^-1/2 for `scale` and `bias`, each of whose
+    elements multiplies, or is added to, so many of `x`. `where` and named axes change
+    which numbers are averaged, not the scale of what comes out, and so no factor.
 
     Reference: Unit Scaling (Blake et al., 2023), table A.2.
     """
+    axes = _axes(x, axis)
+    mean = _averager(axes, where, axis_name, axis_index_groups)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - wide.mean(-1, keepdims=True)
-    return _normalise(centred, x, scale, epsilon, bias)
+    centred = wide - mean(wide)
+    y = centred * lax.rsqrt(mean(lax.square(centred)) + epsilon)
+    return _affine(y, x, scale, bias)
 
 
 @scaled_op(
     rule=_rms_rule,
     parameters=("scale",),
-    cases=(case((256, 128)), case((4, 32, 4096), (4096,))),
+    cases=(
+        case((256, 128)),
+        case((4, 32, 4096), (4096,)),
+        case((16, 64, 5, 64), (64, 1, 64), axis=(1, 2)),
+    ),
 )
 def rms_norm(
     x: Float[Array, "..."],
-    scale: Float[Array, " n"] | None = None,
+    scale: Float[Array, "..."] | None = None,
+    where: Bool[Array, "..."] | None = None,
     *,
+    axis: Axes = -1,
     epsilon: float = 1e-6,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Any = None,
     batch_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
-    """Unit-scaled RMS norm over the last axis; statistics in float32 at least.
+    """Unit-scaled RMS norm; statistics in float32 at least. Arguments: `layer_norm`'s.
 
     Factors: 1 forward and for `x`, batch^-1/2 for `scale`.
     """
+    axes = _axes(x, axis)
+    mean = _averager(axes, where, axis_name, axis_index_groups)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return _normalise(wide, x, scale, epsilon)
+    y = wide * lax.rsqrt(mean(lax.square(wide)) + epsilon)
+    return _affine(y, x, scale, None)
 
 
 def _group_norm_rule(
     x: Any,
     scale: Any = None,
     bias: Any = None,
+    where: Any = None,
     *,
     num_groups: int | None,
     group_size: int | None,
+    axis: Axes | None,
     **options: Any,
 ) -> Factors:
     _groups(x, num_groups, group_size)
-    return _norm_rule(x, scale, bias, **options)
+    _group_axes(x, axis)
+    return _norm_rule(x, scale, bias, where, **options)
 
 
 def _groups(x: Any, num_groups: int | None, group_size: int | None) -> int:
@@ -113,6 +188,18 @@ def _groups(x: Any, num_groups: int | None, group_size: int | None) -> int:
     return num_groups or channels // divisor
 
 
+def _group_axes(x: Any, axis: Axes | None) -> tuple[int, ...]:
+    """What statistics are taken over, once the channels are [groups, group size]."""
+    last = len(x.shape) - 1
+    axes = tuple(range(1, last + 1)) if axis is None else _axes(x, axis)
+    if last not in axes:
+        raise ValueError(
+            f"`axis` must hold the channels' axis, the last, got {axis} for `x` of "
+            f"shape {x.shape}."
+        )
+    return (*axes[:-1], last + 1)
+
+
 # As above, n being the positions of an example times the channels of a group.
 @scaled_op(
     rule=_group_norm_rule,
@@ -120,48 +207,92 @@ def _groups(x: Any, num_groups: int | None, group_size: int | None) -> int:
     cases=(
         case((16, 4, 5, 64), num_groups=4),
         case((4, 8, 4096), (4096,), Zeros((4096,)), num_groups=None, group_size=128),
+        case((4, 8, 6, 256), num_groups=2, axis=(2, -1)),
     ),
 )
 def group_norm(
-    x: Float[Array, "batch *spatial channels"],
+    x: Float[Array, "..."],
     scale: Float[Array, " channels"] | None = None,
     bias: Float[Array, " channels"] | None = None,
+    where: Bool[Array, "..."] | None = None,
     *,
     num_groups: int | None = 32,
     group_size: int | None = None,
+    axis: Axes | None = None,
     epsilon: float = 1e-6,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Any = None,
     batch_axis_name: AxisName | None = None,
-) -> Float[Array, "batch *spatial channels"]:
-    """Unit-scaled group norm, over the positions of an example and a group's channels.
+) -> Float[Array, "..."]:
+    """Unit-scaled group norm of x [batch, *spatial, channels], over the positions of an
+    example and a group's channels.
 
     Statistics in float32 at least. There are `num_groups`, or groups of `group_size`
-    channels. Factors as `layer_norm`, the positions being part of the batch: 1 forward
-    and for `x`, (batch positions)^-1/2 for `scale` and `bias`.
+    channels. `axis`, by default all but the first, has to hold the last. `where` and
+    the named axes: as in `layer_norm`. Factors as there, the positions being part of
+    the batch: 1 forward and for `x`, (batch positions)^-1/2 for `scale` and `bias`.
     """
     groups = _groups(x, num_groups, group_size)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    grouped = wide.reshape(
-        x.shape[0], math.prod(x.shape[1:-1]), groups, x.shape[-1] // groups
-    )
-    centred = grouped - grouped.mean((1, 3), keepdims=True)
-    y = centred * lax.rsqrt(
-        jnp.mean(lax.square(centred), (1, 3), keepdims=True) + epsilon
-    )
+    shape = (*x.shape[:-1], groups, x.shape[-1] // groups)
+    if where is not None:
+        where = jnp.broadcast_to(where, x.shape).reshape(shape)
+    mean = _averager(_group_axes(x, axis), where, axis_name, axis_index_groups)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(shape)
+    centred = wide - mean(wide)
+    y = centred * lax.rsqrt(mean(lax.square(centred)) + epsilon)
     return _affine(y.reshape(x.shape), x, scale, bias)
 
 
-def _normalise(
-    wide: Array,
-    x: Array,
-    scale: Array | None,
-    epsilon: float,
-    bias: Array | None = None,
-) -> Array:
-    y = wide * lax.rsqrt(jnp.mean(lax.square(wide), -1, keepdims=True) + epsilon)
-    return _affine(y, x, scale, bias)
+def _averager(
+    axes: tuple[int, ...],
+    where: Array | None,
+    axis_name: AxisName | None,
+    axis_index_groups: Any,
+) -> Callable[[Array], Array]:
+    """The mean over axes, where a mask is true, and over devices."""
+
+    def mean(x: Array) -> Array:
+        y = jnp.mean(x, axes, keepdims=True, where=where)
+        if axis_name is None:
+            return y
+        return lax.pmean(y, axis_name, axis_index_groups=axis_index_groups)
+
+    return mean
 
 
 def _affine(y: Array, x: Array, scale: Array | None, bias: Array | None) -> Array:
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
     return y.astype(jnp.result_type(x, *(p for p in (scale, bias) if p is not None)))
+
+
+def spectral_norm(
+    kernel: Float[Array, "*in out"],
+    u: Float[Array, "1 out"],
+    *,
+    n_steps: int = 1,
+    epsilon: float = 1e-12,
+) -> tuple[Float[Array, "*in out"], Float[Array, "1 out"], Float[Array, ""]]:
+    """`kernel` with the spectral norm that a matrix of unit-normal numbers has.
+
+    Power iteration from `u` improves the largest singular value, sigma, by `n_steps`.
+    Returns the kernel (sqrt(m) + sqrt(n)) / sigma, all axes but the last being the m
+    rows of a matrix; and u and sigma, which get no gradient. So a unit-normal kernel
+    stays as it is, and its gradient with it, but for the component along sigma.
+
+    Reference: Spectral normalization (Miyato et al., 2018), section 2.1; the limit of
+    the largest singular value is that of Bai & Yin (1988).
+    """
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    for _ in range(n_steps):
+        v = _normalised(u @ matrix.T, epsilon)
+        u = _normalised(v @ matrix, epsilon)
+    u, v = lax.stop_gradient((u, v))
+    sigma = (v @ matrix @ u.T)[0, 0]
+    expected = math.sqrt(matrix.shape[0]) + math.sqrt(matrix.shape[1])
+    y = kernel * (expected / jnp.where(sigma == 0, 1, sigma))
+    return y, u, lax.stop_gradient(sigma)
+
+
+def _normalised(x: Array, epsilon: float) -> Array:
+    return x * lax.rsqrt(jnp.sum(x * x, keepdims=True) + epsilon)

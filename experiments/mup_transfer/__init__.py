@@ -1,0 +1,1 @@
+"""Learning rates that transfer over width: the sweep, and muP's coordinate check."""

@@ -1,0 +1,121 @@
+"""A mixture-of-experts feed-forward layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..layers.linear import options_of
+from ..layers.transformer import feed_forward
+from ..ops.activation import silu_glu
+from ..ops.contraction import ragged_dot
+from ..ops.moe import RouterLosses, mixture_of_experts
+from .linear import Dense, Scaled, fields_of, unit_normal
+from .metadata import with_role
+
+
+class ExpertDense(Scaled):
+    """A linear layer for each expert, without bias, computed by `ragged_dot`.
+
+    Its `kernel` is [num_experts, in, features]. It is called with rows that are sorted
+    by expert, and the number of rows of each. Attributes as in `Dense`.
+    """
+
+    num_experts: int
+    features: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: nn.initializers.Initializer = unit_normal
+    promote_dtype: Any = nn.dtypes.promote_dtype
+
+    @nn.compact
+    def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        d_in = rows.shape[-1]
+        kernel = self.param(
+            "kernel",
+            with_role(self.kernel_init, "weight", d_in),
+            (self.num_experts, d_in, self.features),
+            self.param_dtype,
+        )
+        rows, kernel = self.promote_dtype(rows, kernel, dtype=self.dtype)
+        return ragged_dot(
+            rows, kernel, group_sizes, precision=self.precision, **options_of(self)
+        )
+
+
+class MoE(Scaled):
+    """An `MLP` for each expert, and a router that sends each token to a few of them.
+
+    Returns the output and the router's losses, to be added to the model's loss:
+
+        y, losses = moe(x)
+        loss = cross_entropy(...) + 0.01 * losses.load_balance + 1e-3 * losses.z_loss
+
+    The router computes in float32 at least and without `formats`: it is a small part of
+    the work, and a rounded logit changes which expert is chosen.
+
+    Attributes:
+        hidden_features: the size inside an expert.
+        num_experts: how many experts there are.
+        num_selected: how many a token goes to.
+        mult: multiplies the router's logits.
+        activation, gated: as in `MLP`.
+        formats, constraint, batch_axis_name and the rest: as in `Dense`.
+
+    Reference: Mixtral (Jiang et al., 2024), for the function; `mixture_of_experts` for
+    its factors.
+    """
+
+    hidden_features: int
+    num_experts: int
+    num_selected: int = 2
+    mult: float = 1.0
+    activation: Callable[..., jax.Array] = silu_glu
+    gated: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: nn.initializers.Initializer = unit_normal
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> tuple[jax.Array, RouterLosses]:
+        return mixture_of_experts(
+            self._route,
+            self._apply_experts,
+            inputs,
+            batch_axis_name=self.batch_axis_name,
+            **fields_of(self, "num_experts", "num_selected", "mult"),
+        )
+
+    def _route(self, tokens: jax.Array) -> jax.Array:
+        router = Dense(
+            self.num_experts,
+            use_bias=False,
+            name="router",
+            **fields_of(
+                self, "param_dtype", "kernel_init", "constraint", "batch_axis_name"
+            ),
+        )
+        return router(tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32)))
+
+    def _apply_experts(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        def expert(name: str, features: int) -> Callable[[jax.Array], jax.Array]:
+            layer = ExpertDense(
+                self.num_experts,
+                features,
+                name=name,
+                **fields_of(self, "dtype", "param_dtype", "precision", "kernel_init"),
+                **options_of(self),
+            )
+            return lambda rows: layer(rows, sizes)
+
+        return feed_forward(
+            expert("up", self.hidden_features),
+            expert("gate", self.hidden_features) if self.gated else None,
+            expert("down", rows.shape[-1]),
+            rows,
+            activation=self.activation,
+        )

@@ -1,0 +1,87 @@
+"""Layers whose weights are normalised, drop-in for their `flax.nnx` namesakes.
+
+Flax's keep a norm of one, which leaves a weight the scale fan_in^-1/2 or less. These
+keep the scale of one that unit-scaled layers start from: wrap unit-scaled ones.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..ops.normalization import rms_norm, spectral_norm
+from ..parameters import role_metadata
+from .normalization import tuple_of_axes
+from .weights import Path, with_weights
+
+
+class WeightNorm(nnx.WeightNorm):
+    """`flax.nnx.WeightNorm` to unit rms: scale * v / rms(v) for each feature.
+
+    Takes the arguments of its namesake. `scales` are parameters, as in Flax from
+    0.12.12; the layer keeps its weights as they are, and computes with normalised ones.
+
+    Factors: those of `rms_norm`: 1 forward and for v, (weights of a feature)^-1/2 for
+    its scale.
+    """
+
+    def __init__(self, layer_instance: nnx.Module, *, rngs: nnx.Rngs, **namesake: Any):
+        super().__init__(layer_instance, rngs=rngs, **namesake)
+        if self.scales is not None:
+            self.scales = nnx.data(
+                {
+                    path: nnx.Param(
+                        jnp.asarray(scale[...], self.param_dtype),
+                        **role_metadata("norm"),
+                    )
+                    for path, scale in self.scales.items()
+                }
+            )
+
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        twin = with_weights(self.layer_instance, self.variable_filter, self._normalised)
+        return twin(x, *args, **kwargs)
+
+    def _normalised(self, path: Path, kernel: jax.Array) -> jax.Array:
+        features = tuple_of_axes(kernel.ndim, self.feature_axes)
+        axes = tuple(a for a in range(kernel.ndim) if a not in features)
+        scale = None
+        if self.scales is not None:
+            shape = [n if a in features else 1 for a, n in enumerate(kernel.shape)]
+            scale = self.scales[path][...].reshape(shape)
+        # Flax adds epsilon to a sum of so many squares, of which this is the mean.
+        terms = math.prod(kernel.shape[a] for a in axes)
+        y = rms_norm(kernel, scale, axis=axes, epsilon=self.epsilon / terms)
+        return y if self.dtype is None else y.astype(self.dtype)
+
+
+class SpectralNorm(nnx.SpectralNorm):
+    """`flax.nnx.SpectralNorm` to the spectral norm of a unit-normal matrix.
+
+    Takes the arguments of its namesake. That norm is sqrt(m) + sqrt(n) for [m, n], all
+    axes but the last taken together: a unit-scaled layer's own factor then makes the
+    map's norm 1 + sqrt(n / m), a constant as Flax's 1 is, and starts at unit scale. The
+    layer keeps its weights as they are, and computes with normalised ones.
+
+    As in Flax one step of the power iteration starts far from the largest singular
+    value: the output shrinks by up to sqrt(2) over the first some ten calls.
+    """
+
+    def __call__(self, x: jax.Array, update_stats: bool | None = None) -> Any:
+        update = not self.use_running_average if update_stats is None else update_stats
+
+        def normalised(path: Path, kernel: jax.Array) -> jax.Array:
+            if kernel.ndim < 2 or self.n_steps < 1:
+                return kernel
+            u, sigma = (self.batch_stats[(*path, name)] for name in ("u", "sigma"))
+            y, new_u, new_sigma = spectral_norm(
+                kernel, u[...], n_steps=self.n_steps, epsilon=self.epsilon
+            )
+            if update:
+                u[...] = new_u.astype(u.dtype)
+                sigma[...] = new_sigma.astype(sigma.dtype)
+            return y if self.dtype is None else y.astype(self.dtype)
+
+        return with_weights(self.layer_instance, nnx.Param, normalised)(x)
