@@ -151,3 +151,17 @@ def check_key(name: str, key: Any) -> None:
             f"`{name}` must be a random key, got an array of {key.dtype}: pass "
             "`jax.random.key(seed)`."
         )
+
+
+def check_broadcast(name: str, x: Any, shape: tuple[int, ...]) -> None:
+    """Refuses, by a ValueError, an array that would not be broadcast to `shape`."""
+    if x is None:
+        return
+    try:
+        fits = np.broadcast_shapes(x.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`{name}` must be broadcastable to {shape}, got shape {x.shape}."
+        )

@@ -9,33 +9,27 @@ import jax.numpy as jnp
 from ..op import AxisName, axis_size
 from ..scale import scaled
 
-Axes = int | Sequence[int]
+
+def tuple_of_axes(rank: int, axes: int | Sequence[int]) -> tuple[int, ...]:
+    """Axes of an array of this rank, counted from 0."""
+    return tuple(a % rank for a in ((axes,) if isinstance(axes, int) else axes))
 
 
 def apply_norm(
     norm: Any,
     op: Callable[..., jax.Array],
-    mask: jax.Array | None,
     x: jax.Array,
-    *affine: jax.Array | None,
-    feature_axes: Axes = -1,
+    mask: jax.Array | None,
+    *parameters: jax.Array | None,
+    feature_axes: int | Sequence[int] = -1,
     **options: Any,
 ) -> jax.Array:
-    """One call into ops, with the options that a norm's layer of either family holds.
-
-    Args:
-        norm: the layer.
-        op: of x, gain, bias where there is one, and `where`.
-        mask: which of x the statistics are taken of, if not of all.
-        x, affine: the input; gain and bias, of the shape of its `feature_axes`.
-        feature_axes: the axes that gain and bias have.
-        options: the operation's own.
-    """
-    features = counted_axes(x.ndim, feature_axes)
+    """One call into ops, with gain and bias along `feature_axes`, and Flax's mask."""
+    features = tuple_of_axes(x.ndim, feature_axes)
     shape = [n if i in features else 1 for i, n in enumerate(x.shape)]
     return op(
         x,
-        *(None if p is None else p.reshape(shape) for p in affine),
+        *(None if p is None else p.reshape(shape) for p in parameters),
         None if mask is None else mask.astype(jnp.bool_),
         epsilon=norm.epsilon,
         axis_name=norm.axis_name,
@@ -45,22 +39,13 @@ def apply_norm(
     )
 
 
-def counted_axes(rank: int, axes: Axes) -> tuple[int, ...]:
-    """Axes of an array of this rank, counted from 0 and sorted."""
-    return tuple(sorted(a % rank for a in _tuple(axes)))
-
-
-def _tuple(axes: Axes) -> Sequence[int]:
-    return (axes,) if isinstance(axes, int) else axes
-
-
-def instance_axes(x: jax.Array, feature_axes: Axes) -> tuple[int, ...]:
+def instance_axes(x: jax.Array, feature_axes: int | Sequence[int]) -> tuple[int, ...]:
     """What an instance norm takes statistics over: all but the first and the features.
 
     Raises:
         ValueError: if the first axis, the batch's, is a feature.
     """
-    features = counted_axes(x.ndim, feature_axes)
+    features = tuple_of_axes(x.ndim, feature_axes)
     if 0 in features:
         raise ValueError(
             "`feature_axes` must leave out the first axis, the batch's, got "

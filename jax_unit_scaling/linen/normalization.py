@@ -10,9 +10,9 @@ from flax.linen.dtypes import promote_dtype
 
 from ..layers.normalization import (
     apply_norm,
-    counted_axes,
     instance_axes,
     scaled_affine,
+    tuple_of_axes,
 )
 from ..op import AxisName
 from ..ops.dropout import dropout
@@ -86,7 +86,7 @@ def _apply(
 ) -> jax.Array:
     """Parameters and promotion, and one call into ops."""
     feature_axes = getattr(norm, "feature_axes", -1)
-    shape = tuple(x.shape[a] for a in counted_axes(x.ndim, feature_axes))
+    shape = tuple(x.shape[a] for a in sorted(tuple_of_axes(x.ndim, feature_axes)))
     roles: dict[str, Role] = {"scale": "norm", "bias": "bias"}
 
     def parameter(name: str) -> jax.Array | None:
@@ -96,8 +96,8 @@ def _apply(
         return norm.param(name, init, shape, norm.param_dtype)
 
     names = [name for name in roles if hasattr(norm, f"use_{name}")]
-    arrays = promote_dtype(x, *map(parameter, names), dtype=norm.dtype)
-    return apply_norm(norm, op, mask, *arrays, feature_axes=feature_axes, **options)
+    x, *affine = promote_dtype(x, *map(parameter, names), dtype=norm.dtype)
+    return apply_norm(norm, op, x, mask, *affine, feature_axes=feature_axes, **options)
 
 
 class BatchNorm(nn.BatchNorm):

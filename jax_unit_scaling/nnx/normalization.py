@@ -44,7 +44,7 @@ class _Norm(nnx.Module):
     ) -> jax.Array:
         values = (None if p is None else p[...] for p in parameters)
         x, *affine = self.promote_dtype((x, *values), dtype=self.dtype)
-        return apply_norm(self, op, mask, x, *affine, **options)
+        return apply_norm(self, op, x, mask, *affine, **options)
 
 
 class _BiasedNorm(_Norm):

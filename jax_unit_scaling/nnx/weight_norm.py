@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..layers.normalization import counted_axes
+from ..layers.normalization import tuple_of_axes
 from ..ops.normalization import rms_norm, spectral_norm
 from ..parameters import role_metadata
 from .weights import Path, with_weights
@@ -45,7 +45,7 @@ class WeightNorm(nnx.WeightNorm):
         return twin(x, *args, **kwargs)
 
     def _normalised(self, path: Path, kernel: jax.Array) -> jax.Array:
-        features = counted_axes(kernel.ndim, self.feature_axes)
+        features = tuple_of_axes(kernel.ndim, self.feature_axes)
         axes = tuple(a for a in range(kernel.ndim) if a not in features)
         scale = None
         if self.scales is not None:

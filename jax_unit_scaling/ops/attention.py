@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, Key as KeyArray
 
-from ..arguments import check_key
+from ..arguments import check_broadcast, check_key
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats, quantize_bwd, quantize_fwd
 from ..moments import softmax_moments
@@ -90,9 +90,9 @@ def _attention_rule(
     *batch, queries, heads, head_size = query.shape
     keys, kv_heads = key.shape[-3:-1]
     logits = (*batch, heads, queries, keys)
-    _check_broadcast("mask", mask, logits)
-    _check_broadcast("bias", bias, logits)
-    _check_broadcast("query_positions", query_positions, (*batch, queries))
+    check_broadcast("mask", mask, logits)
+    check_broadcast("bias", bias, logits)
+    check_broadcast("query_positions", query_positions, (*batch, queries))
     if mask is not None and mask.dtype != jnp.bool_:
         raise TypeError(
             f"`mask` must be an array of booleans, got {mask.dtype}: pass what is to "
@@ -145,19 +145,6 @@ def _check_shapes(query: Any, key: Any, value: Any) -> None:
             "`key` and `value` must have the same shape, and `query` may differ in its "
             "length and in its heads, a multiple of theirs, alone, got shapes "
             f"{shapes}."
-        )
-
-
-def _check_broadcast(name: str, x: Any, shape: tuple[int, ...]) -> None:
-    if x is None:
-        return
-    try:
-        fits = np.broadcast_shapes(x.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"`{name}` must be broadcastable to {shape}, got shape {x.shape}."
         )
 
 

@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
+from ..arguments import check_broadcast
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats, quantize_bwd, quantize_fwd
 from ..op import AxisName, Factors, Zeros, case, factors_of_sum, scaled_op
@@ -438,15 +439,7 @@ def _einsum_linear_rule(
     if bias is None:
         return Factors(factors.fwd, bwd)
     out = jax.eval_shape(ft.partial(jnp.einsum, subscripts), x, kernel).shape
-    try:
-        fits = jnp.broadcast_shapes(bias.shape, out) == out
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"`bias` must be broadcastable to the output's shape {out}, got "
-            f"{bias.shape}."
-        )
+    check_broadcast("bias", bias, out)
     size = math.prod(out)
     shared = math.sqrt(math.prod(bias.shape) / size) if size else 1.0
     return Factors(factors.fwd, bwd | {"bias": shared})
