@@ -117,7 +117,8 @@ def _predicate(annotation: Any) -> Predicate | None:
         return lambda x: isinstance(x, kind) and not isinstance(x, bool)
     if annotation is bool:
         return lambda x: isinstance(x, bool | np.bool_)
-    if annotation is inspect.Parameter.empty or not isinstance(annotation, type):
+    unsaid = annotation in (inspect.Parameter.empty, Any)  # `Any` is a class
+    if unsaid or not isinstance(annotation, type):
         return None
     return lambda x: isinstance(x, annotation)
 

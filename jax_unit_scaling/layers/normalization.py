@@ -1,6 +1,6 @@
 """What norms of both families check, and the factors of a plain norm's parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,35 @@ def check_mask(mask: jax.Array | None) -> None:
             "`mask` must be None: a masked norm has no factor that is known while "
             "tracing."
         )
+
+
+def tuple_of_axes(rank: int, axes: int | Sequence[int]) -> tuple[int, ...]:
+    """Axes of an array of this rank, counted from 0."""
+    return tuple(a % rank for a in ((axes,) if isinstance(axes, int) else axes))
+
+
+def apply_norm(
+    norm: Any,
+    op: Callable[..., jax.Array],
+    x: jax.Array,
+    mask: jax.Array | None,
+    *parameters: jax.Array | None,
+    feature_axes: int | Sequence[int] = -1,
+    **options: Any,
+) -> jax.Array:
+    """One call into ops, with gain and bias along `feature_axes`, and Flax's mask."""
+    features = tuple_of_axes(x.ndim, feature_axes)
+    shape = [n if i in features else 1 for i, n in enumerate(x.shape)]
+    return op(
+        x,
+        *(None if p is None else p.reshape(shape) for p in parameters),
+        None if mask is None else mask.astype(jnp.bool_),
+        epsilon=norm.epsilon,
+        axis_name=norm.axis_name,
+        axis_index_groups=norm.axis_index_groups,
+        batch_axis_name=norm.batch_axis_name,
+        **options,
+    )
 
 
 def scaled_affine(

@@ -228,10 +228,11 @@ class Einsum(nnx.Einsum):
         ) -> jax.Array:
             if bias is not None:
                 shape = self._infer_broadcasted_bias_shape(subscripts, x, kernel)
-                # Flax's are the whole's sizes; the bias may be a piece.
-                pairs = zip(bias.shape, self.bias_shape or (), strict=True)
-                sizes = iter([n for n, whole in pairs if whole != 1])
-                bias = bias.reshape([1 if n == 1 else next(sizes) for n in shape])
+                if bias.shape != self.bias_shape:  # a piece of the whole, as is `x`'s
+                    pairs = zip(bias.shape, self.bias_shape or (), strict=True)
+                    sizes = iter([n for n, whole in pairs if whole != 1])
+                    shape = [1 if n == 1 else next(sizes) for n in shape]
+                bias = bias.reshape(shape)
             return einsum_linear(subscripts, x, kernel, bias, einsum=product, **options)
 
         return _apply(self, op, inputs, out_sharding)

@@ -1,16 +1,14 @@
 """Norms and dropout, drop-in for their `flax.nnx` namesakes."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..layers.normalization import (
-    scaled_affine,
-)
+from ..layers.normalization import apply_norm, scaled_affine, tuple_of_axes
 from ..op import AxisName
 from ..ops.dropout import dropout
 from ..ops.normalization import group_norm, layer_norm, rms_norm
@@ -42,28 +40,11 @@ class _Norm(nnx.Module):
         x: jax.Array,
         mask: jax.Array | None,
         *parameters: nnx.Param[jax.Array] | None,
-        feature_axes: int | Sequence[int] = -1,
         **options: Any,
     ) -> jax.Array:
         values = (None if p is None else p[...] for p in parameters)
         x, *affine = self.promote_dtype((x, *values), dtype=self.dtype)
-        features = tuple_of_axes(x.ndim, feature_axes)
-        shape = [n if i in features else 1 for i, n in enumerate(x.shape)]
-        return op(
-            x,
-            *(None if p is None else p.reshape(shape) for p in affine),
-            None if mask is None else mask.astype(jnp.bool_),
-            epsilon=self.epsilon,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            batch_axis_name=self.batch_axis_name,
-            **options,
-        )
-
-
-def tuple_of_axes(rank: int, axes: int | Sequence[int]) -> tuple[int, ...]:
-    """Axes of an array of this rank, counted from 0."""
-    return tuple(a % rank for a in ((axes,) if isinstance(axes, int) else axes))
+        return apply_norm(self, op, x, mask, *affine, **options)
 
 
 class _BiasedNorm(_Norm):

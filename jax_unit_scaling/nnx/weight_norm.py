@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..layers.normalization import tuple_of_axes
 from ..ops.normalization import rms_norm, spectral_norm
 from ..parameters import role_metadata
-from .normalization import tuple_of_axes
 from .weights import Path, with_weights
 
 
