@@ -1,9 +1,11 @@
 """Unit scaling for JAX and Flax: low-precision training that works out of the box."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import (
     analysis as analysis,
     formats as formats,
-    linen as linen,
     nnx as nnx,
     optim as optim,
 )
@@ -117,3 +119,14 @@ from .scale import (
     scale_fwd as scale_fwd,
     scaled as scaled,
 )
+
+# A Linen module is a dataclass, whose methods are compiled at import: as many as these
+# take as long as all the rest. So `linen` is imported when it is first used.
+if TYPE_CHECKING:
+    from . import linen as linen
+
+
+def __getattr__(name: str) -> Any:
+    if name == "linen":
+        return importlib.import_module(".linen", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

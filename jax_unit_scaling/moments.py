@@ -153,7 +153,7 @@ def _cpu() -> "jax.Device | None":
         return None
 
 
-# The grid has (180 std)^2 points: here 33 million, of 8 bytes.
+# The grid has (90 std)^2 points: here 8 million, of 8 bytes, in a few arrays.
 _WIDEST = 32.0
 
 
@@ -191,7 +191,9 @@ def softmax_moments(std: float, lengths: np.ndarray) -> SoftmaxMoments:
             f"got {std:.4g}: their softmax is nearly one-hot, and hardly trains."
         )
     n = np.asarray(lengths, np.float64)[:, None]
-    step = 0.1  # of u, and of std Z: h_k varies on a scale of one
+    # Of u, and of std Z: h_k varies on a scale of one, and half the step changes
+    # nothing by more than 5e-13, for lengths from 2 to 8192 and std from 0.02 to 20.
+    step = 0.2
     # p <= 1 bounds what lies outside: nine deviations of Z hold all but 2e-19 of it;
     # h_0 is 1 to double precision below -36, and h_k underflows above 7.
     u = np.arange(-36 - 9 * std - np.log(n.max()), 7 + 9 * std, step)
