@@ -153,6 +153,10 @@ def _cpu() -> "jax.Device | None":
         return None
 
 
+# The grid has (180 std)^2 points: here 33 million, of 8 bytes.
+_WIDEST = 32.0
+
+
 class SoftmaxMoments(NamedTuple):
     """Moments of p = softmax(x), x independent normals, for several lengths n.
 
@@ -177,7 +181,15 @@ def softmax_moments(std: float, lengths: np.ndarray) -> SoftmaxMoments:
 
     All integrands are smooth and vanish at both ends, where the trapezoidal rule
     converges faster than any power of its step.
+
+    Raises:
+        ValueError: if `std` is above 32.
     """
+    if std > _WIDEST:
+        raise ValueError(
+            f"`mult` must leave the logits a standard deviation of {_WIDEST} or less, "
+            f"got {std:.4g}: their softmax is nearly one-hot, and hardly trains."
+        )
     n = np.asarray(lengths, np.float64)[:, None]
     step = 0.1  # of u, and of std Z: h_k varies on a scale of one
     # p <= 1 bounds what lies outside: nine deviations of Z hold all but 2e-19 of it;

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .arguments import Check, checks_of
 from .constraints import Constraint, apply_constraint
 from .scale import scaled
 
@@ -102,7 +103,7 @@ class Op(Generic[P, R]):
 
     Attributes:
         fn: the plain maths. Its signature is the operation's; of its keywords
-            `constraint` and `batch_axis_name` concern factors and never reach it. An
+            `constraint` and the names of axes concern factors and never reach it. A
             parameter `bias` is one that it adds, last, to the rest.
         rule: gives the ideal `Factors` from the arguments, with each array replaced by
             a `jax.ShapeDtypeStruct`; it also checks them.
@@ -111,6 +112,7 @@ class Op(Generic[P, R]):
         unscaled: what the rule does not promise unit scale of: "out" or an argument.
         statistic: what "scale" means for the output.
         widen: whether float16 inputs are computed on in float32.
+        fwd_power: the power of the ideal forward factor that is used.
     """
 
     fn: Callable[P, R]
@@ -120,6 +122,7 @@ class Op(Generic[P, R]):
     unscaled: tuple[str, ...] = ()
     statistic: Literal["std", "rms"] = "std"
     widen: bool = True
+    fwd_power: int = 1
     __name__: str = dataclasses.field(init=False)
     _signature: inspect.Signature = dataclasses.field(init=False, repr=False)
 
@@ -156,6 +159,8 @@ class Op(Generic[P, R]):
             given["preferred_element_type"] = jnp.float32
         keywords = {k: v for k, v in options.items() if k not in _ABOUT_FACTORS}
         y: Any = self.fn(*arguments.values(), **keywords)
+        if (contracted := options.get("in_axis_name")) is not None:
+            y = lax.psum(y, contracted)
         y = scaled(y, fwd=factors.fwd, bwd=common)
         if bias is not None:
             y = y + scaled(bias.astype(y.dtype), bwd=factors.bwd["bias"])
@@ -187,22 +192,40 @@ class Op(Generic[P, R]):
             raise TypeError(f"{self.__name__}{self._signature}: {e}.") from None
         bound.apply_defaults()
         names = [p for p in self._signature.parameters][: len(bound.args)]
-        return dict(zip(names, bound.args, strict=True)), dict(bound.kwargs)
+        arguments = dict(zip(names, bound.args, strict=True))
+        options = dict(bound.kwargs)
+        for check in self._checks:
+            given = arguments if check.name in arguments else options
+            check(given[check.name])
+        return arguments, options
+
+    @ft.cached_property
+    def _checks(self) -> tuple[Check, ...]:
+        return checks_of(self._signature, but=_ABOUT_FACTORS)
 
     def _factors(self, arguments: dict[str, Any], options: dict[str, Any]) -> Factors:
         keywords = {k: v for k, v in options.items() if k not in _ABOUT_FACTORS}
         ideal = self.rule(*map(_shape_only, arguments.values()), **keywords)
-        bwd = {k: v for k, v in ideal.bwd.items() if arguments[k] is not None}
-        active = [name for name in bwd if name not in self.parameters]
-        constraint = options.get("constraint")
-        fwd, *agreed = apply_constraint(
-            constraint, ideal.fwd, *(bwd[name] for name in active)
+        # Each factor is (terms of its sum)^-1/2. The rule sees this device's piece of
+        # the shapes, so the terms along an axis that is split are too few: of the
+        # output's sum along the contracted axes, of an activation's cotangent along
+        # the output's, of a parameter's along the batch.
+        contracted, made, batch = (
+            _pieces(options, name) ** -0.5
+            for name in ("in_axis_name", "out_axis_name", "batch_axis_name")
         )
-        # A parameter's cotangent is a sum over the batch, of which each member of the
-        # named axes sees a piece: see "global batch" in DESIGN.md.
-        pieces = axis_size(options.get("batch_axis_name"))
-        shared = {k: bwd[k] * pieces**-0.5 for k in self.parameters if k in bwd}
-        return Factors(fwd, bwd | dict(zip(active, agreed, strict=True)) | shared)
+        bwd = {
+            name: factor * (batch if name in self.parameters else made)
+            for name, factor in ideal.bwd.items()
+            if arguments[name] is not None
+        }
+        active = [name for name in bwd if name not in self.parameters]
+        fwd, *agreed = apply_constraint(
+            options.get("constraint"),
+            (ideal.fwd * contracted) ** self.fwd_power,
+            *(bwd[name] for name in active),
+        )
+        return Factors(fwd, bwd | dict(zip(active, agreed, strict=True)))
 
     def _widens(self, half: bool) -> bool:
         return half and self.widen and not self._is_product
@@ -213,7 +236,19 @@ class Op(Generic[P, R]):
         return "preferred_element_type" in self._signature.parameters
 
 
-_ABOUT_FACTORS = ("constraint", "batch_axis_name")
+_ABOUT_FACTORS = ("constraint", "batch_axis_name", "in_axis_name", "out_axis_name")
+
+
+def _pieces(options: Mapping[str, Any], option: str) -> int:
+    names = options.get(option)
+    if option != "batch_axis_name" and names is not None and not sums_cotangents(names):
+        raise ValueError(
+            f"`{option}={names!r}` needs `jax.shard_map` with its default, "
+            "`check_vma=True`: without it, as in `pmap` and `vmap`, JAX does not know "
+            "what is the same on all devices, and sums cotangents too often or not at "
+            "all."
+        )
+    return axis_size(names)
 
 
 def _shape_only(x: Any) -> Any:
@@ -223,10 +258,26 @@ def _shape_only(x: Any) -> Any:
 
 
 def axis_size(names: AxisName | None) -> int:
-    """How many pieces of the batch there are along the named axes."""
+    """How many pieces there are along the named axes."""
+    return math.prod(map(lax.axis_size, axis_names(names)))
+
+
+def sums_cotangents(names: AxisName) -> bool:
+    """Whether JAX knows what varies along the named axes, and so adds up by itself the
+    cotangents of what does not: inside `shard_map` with `check_vma`."""
+    return all(name in varying(lax.axis_index(name)) for name in axis_names(names))
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The axes along which JAX knows `x` to vary: none outside such a `shard_map`."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def axis_names(names: AxisName | None) -> tuple[str, ...]:
+    """The names of axes as a tuple."""
     if names is None:
-        return 1
-    return math.prod(map(lax.axis_size, (names,) if isinstance(names, str) else names))
+        return ()
+    return (names,) if isinstance(names, str) else names
 
 
 OPS: dict[str, Op[..., Any]] = {}

@@ -17,18 +17,35 @@ weigh about depth^-1/2 each, but their updates are aligned and add up to depth^1
 - SGD's update is the gradient. In a unit-scaled model it has unit scale too: c again.
   In a model whose readout is constrained it has not: see `sgd`.
 - Muon's update is an orthogonal matrix: see `muon`.
+- Shampoo's, (G G^T)^-1/4 G (G^T G)^-1/4 for one gradient, is the same matrix, so its
+  rule is `muon_rule`; grafted onto Adam's size, or as SOAP, which is Adam in a turned
+  basis, it is `adam_rule`. optax has none of them, so none is ready-made here: put
+  `scale_by_umup(rule=...)` behind one of your own.
 
 Role, fan-in and depth are metadata of the parameters, read when an optimiser's `init`
 sees them. The factors then belong to the *structure* of its state: constants to `jit`,
 nothing to donate, and nothing in a checkpoint; a run that is restored takes them from
 the model that it builds.
 
-The gradients of a loss of this library are those of the sum: they are summed over
-devices (`psum`, with `batch_axis_name=` for the operations) and over accumulation steps
-(`multi_steps`), never averaged.
+The gradients of a loss of this library are those of the sum over examples, so they are
+summed over devices and accumulation steps, never averaged. One machine or many, the
+update is then the same:
+
+- `jit` with shardings (data parallel, FSDP, tensor parallel): nothing is needed.
+- `shard_map`, `pmap`, a `vmap` over examples: `batch_axis_name="data"` for the modules
+  (or operations) and the loss, and
+
+      grads = jax.grad(loss)(params, piece_of_the_batch)
+      grads = optim.sum_gradients(grads, "data")
+
+- Tensor parallel inside `shard_map`: `model_axis_name="model"` for `MLP`,
+  `MultiHeadAttention` and `TransformerBlock`; for other layers see `linear`.
+- Accumulation: `multi_steps(optimiser, every)`, or a sum of your own and `optax.scale(
+  every**-0.5)`.
 
 References: u-muP (Blake et al., 2024), table 2 and section 3; Tensor Programs V (Yang
-et al., 2022), for SGD and Adam.
+et al., 2022), for SGD and Adam; Old Optimizer, New Norm (Bernstein & Newhouse, 2024),
+section 2.2, for Shampoo.
 """
 
 import dataclasses
@@ -39,8 +56,10 @@ from typing import Any
 
 import jax
 import optax
+from jax import lax
 
 from .constraints import Constraint, apply_constraint
+from .op import AxisName, sums_cotangents
 from .parameters import (
     Overrides as Overrides,
     ParameterInfo as ParameterInfo,
@@ -262,7 +281,9 @@ def sgd(
     c(1 / in, out^-1/2) in place of out^-1/2, which makes the gradients of all but its
     own parameters smaller: for `to_output_scale` by out^1/2 / in. So there a weight's
     rate *grows* with width, as in / fan_in^1/2: muP's rule for SGD. Give the readout's
-    constraint as `readout_constraint`, and both readings make the same update.
+    constraint as `readout_constraint`, and every rate makes up for what is lost. Under
+    `to_output_scale`, which leaves the logits alone, both readings then make the same
+    update.
 
     Raises:
         ValueError: in `init`, if there is a constraint and not one readout's weight.
@@ -352,6 +373,16 @@ def _is_matrix(info: ParameterInfo) -> bool:
 
 def _masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
+
+
+def sum_gradients(grads: Any, axis_name: AxisName) -> Any:
+    """The gradients of the whole batch, from those of the pieces along the named axes.
+
+    It is `lax.psum` in `pmap` and `vmap`. In `shard_map`, by default (`check_vma`), JAX
+    has summed already the gradients of what all devices share, and a `psum` would
+    multiply them by the number of devices: there they are returned as they are.
+    """
+    return grads if sums_cotangents(axis_name) else lax.psum(grads, axis_name)
 
 
 def multi_steps(

@@ -4,6 +4,7 @@ import functools as ft
 import math
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,19 +79,24 @@ def times(x: Array, factor: float) -> Array:
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def floating(x: Array) -> Array:
-    """`x` as an array.
+def floating(x: Array, name: str = "x") -> Array:
+    """`x` as an array; `name` is what an error calls it.
 
     Raises:
         TypeError: if it is not one of floating-point numbers.
     """
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"`x` must be a floating-point array, got {x.dtype}: convert it first, "
-            "for example `x.astype(jnp.float32)`."
-        )
+    check_floating(name, x.dtype)
     return x
+
+
+def check_floating(name: str, dtype: Any) -> None:
+    """Refuses, by a TypeError, what is not a floating-point dtype."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"`{name}` must be a floating-point array, got {dtype}: convert it first, "
+            f"for example `{name}.astype(jnp.float32)`."
+        )
 
 
 def check_factor(name: str, value: object) -> float:

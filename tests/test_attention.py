@@ -189,7 +189,9 @@ def test_cross_attention_with_grouped_heads_and_normalised_queries_is_the_namesa
 @pytest.mark.parametrize("broadcast", [False, True])
 def test_dropout_of_attention_weights_draws_as_the_namesake(broadcast):
     unit, plain = _with_plain_namesake(
-        _factor(6, 6, 4, is_causal=True, dropout_rate=0.3, dropout_key=0),
+        _factor(
+            6, 6, 4, is_causal=True, dropout_rate=0.3, dropout_key=jax.random.key(0)
+        ),
         *(4, 16),
         decode=False,
         dropout_rate=0.3,

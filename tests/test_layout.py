@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "jax_unit_scaling"
 # A file imports from floors below its own, or from a sibling.
 FLOORS = [
     {"scale", "constraints", "moments", "formats"},
-    {"op", "parameters"},
+    {"arguments", "op", "parameters"},
     {"ops"},
     {"layers"},
     {"nnx", "linen"},

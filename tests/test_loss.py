@@ -128,3 +128,33 @@ def test_a_loss_of_float16_is_computed_in_float32():
     assert (value.dtype, grad.dtype) == (jnp.float32, jnp.float16)
     exact = optax.huber_loss(LOGITS, OTHER).mean()
     np.testing.assert_allclose(value, exact, rtol=1e-4)
+
+
+@CASES
+@pytest.mark.parametrize("masked", [False, True])
+def test_on_a_split_batch_it_is_the_loss_of_the_whole(
+    loss, options, plain, start, y, masked
+):
+    """Also where a mask leaves each piece another number of examples."""
+    whole = {"logits": LOGITS, "y": y}
+    if masked:
+        shape = jax.eval_shape(plain, LOGITS, y).shape
+        share = jnp.linspace(0.1, 1, shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
+        whole["where"] = jax.random.bernoulli(jax.random.key(3), share, shape)
+
+    def grad(reduction, logits, y, where=None, **names):
+        return jax.value_and_grad(loss)(
+            logits, y, **options, where=where, reduction=reduction, **names
+        )
+
+    pieces = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), whole)
+    for reduction in ("mean", "sum"):
+        value, want = grad(reduction, **whole)
+        values, grads = jax.vmap(
+            lambda piece, r=reduction: grad(r, **piece, batch_axis_name="b"),
+            axis_name="b",
+        )(pieces)
+        np.testing.assert_allclose(values, jnp.full(4, value), rtol=1e-5)
+        np.testing.assert_allclose(
+            grads.reshape(want.shape), want, rtol=1e-6, atol=1e-6
+        )

@@ -46,6 +46,7 @@ def _out_of_band(slope_of):
     }
 
 
+@pytest.mark.slow
 def test_no_activation_of_the_unit_scaled_model_moves_with_width(tmp_path, capsys):
     found = coordinates(CoordinatesConfig(out=tmp_path, smoke=True))
     assert not _out_of_band(found["unit"])
@@ -67,6 +68,7 @@ def test_no_activation_of_the_unit_scaled_model_moves_with_width(tmp_path, capsy
     np.testing.assert_array_equal(initial[:, 1], 0)
 
 
+@pytest.mark.slow
 def test_the_check_fails_without_the_factor_of_hidden_weights():
     def broken(rate):
         factor_of_one = {"blocks/*/kernel": {"role": "bias"}}

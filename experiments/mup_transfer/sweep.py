@@ -69,7 +69,7 @@ def sweep(config: SweepConfig) -> list[Run]:
         report(path)
     except ImportError as e:
         print(
-            f"no table and picture: {e}. All runs are in {path}; draw them elsewhere "
+            f"no picture: {e}. All runs are in {path}; draw them elsewhere "
             f"with `python -m experiments.mup_transfer.results {path}`."
         )
     return runs

@@ -60,11 +60,18 @@ def times(product: Callable[..., jax.Array], factor: float) -> Any:
     return lambda *args, **kwargs: scale_fwd(product(*args, **kwargs), factor)
 
 
-def low_rank(layer: Options, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+def low_rank(
+    layer: Options,
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
+) -> jax.Array:
     """(x A) B, of two unit-scaled products."""
-    for kernel in (a, b):
-        x = linear(x, kernel, **options_of(layer))
-    return x
+    y = linear(x, a, in_axis_name=in_axis_name, **options_of(layer))
+    return linear(y, b, out_axis_name=out_axis_name, **options_of(layer))
 
 
 def apply_conv(

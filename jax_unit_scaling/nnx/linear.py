@@ -31,6 +31,9 @@ class Linear(nnx.Linear):
         constraint: makes the output's and the input's factor agree.
         batch_axis_name: axes over which the batch is split, inside `shard_map`, `pmap`
             or a `vmap` over examples.
+        in_axis_name, out_axis_name: axes over which the input and the output features
+            are split, inside `shard_map`: see `linear`. The sizes stay those of the
+            whole; the layer is built outside, and its parameters come in as pieces.
         output_scale: multiplies the output, before the bias, and the input's cotangent,
             but not the kernel's: a weight's own scale, which `convert` keeps here.
     """
@@ -50,6 +53,8 @@ class Linear(nnx.Linear):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        in_axis_name: AxisName | None = None,
+        out_axis_name: AxisName | None = None,
         output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
@@ -67,6 +72,8 @@ class Linear(nnx.Linear):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.in_axis_name = in_axis_name
+        self.out_axis_name = out_axis_name
         self.output_scale = output_scale
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -116,6 +123,8 @@ class LinearGeneral(nnx.LinearGeneral):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        in_axis_name: AxisName | None = None,
+        out_axis_name: AxisName | None = None,
         output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
@@ -137,6 +146,8 @@ class LinearGeneral(nnx.LinearGeneral):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.in_axis_name = in_axis_name
+        self.out_axis_name = out_axis_name
         self.output_scale = output_scale
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -182,6 +193,8 @@ class Einsum(nnx.Einsum):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        in_axis_name: AxisName | None = None,
+        out_axis_name: AxisName | None = None,
         output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
@@ -200,6 +213,8 @@ class Einsum(nnx.Einsum):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.in_axis_name = in_axis_name
+        self.out_axis_name = out_axis_name
         self.output_scale = output_scale
 
     def __call__(
@@ -213,6 +228,10 @@ class Einsum(nnx.Einsum):
         ) -> jax.Array:
             if bias is not None:
                 shape = self._infer_broadcasted_bias_shape(subscripts, x, kernel)
+                if bias.shape != self.bias_shape:  # a piece of the whole, as is `x`'s
+                    pairs = zip(bias.shape, self.bias_shape or (), strict=True)
+                    sizes = iter([n for n, whole in pairs if whole != 1])
+                    shape = [1 if n == 1 else next(sizes) for n in shape]
                 bias = bias.reshape(shape)
             return einsum_linear(subscripts, x, kernel, bias, einsum=product, **options)
 
@@ -233,6 +252,8 @@ def _apply(layer: Any, op: Any, inputs: jax.Array, out_sharding: Any) -> jax.Arr
         bias,
         preferred_element_type=layer.preferred_element_type,
         out_sharding=out_sharding,
+        in_axis_name=layer.in_axis_name,
+        out_axis_name=layer.out_axis_name,
     )
 
 

@@ -21,8 +21,9 @@ class LoRA(nnx.LoRA):
 
     A is unit-normal, and B zero: so the sum starts as the base, B's gradient at unit
     scale, and what is learnt reaches the base's scale as B reaches 1. Takes the
-    arguments of its namesake and those of `Linear`: formats, constraint,
-    batch_axis_name and output_scale, here of (x A) B alone.
+    arguments of its namesake and those of `Linear`: formats, constraint, the names of
+    axes, of which `in_axis_name` concerns A and `out_axis_name` B, and output_scale,
+    here of (x A) B alone.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class LoRA(nnx.LoRA):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        in_axis_name: AxisName | None = None,
+        out_axis_name: AxisName | None = None,
         output_scale: float = 1.0,
         rngs: nnx.Rngs,
         **namesake: Any,
@@ -60,14 +63,22 @@ class LoRA(nnx.LoRA):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.in_axis_name = in_axis_name
+        self.out_axis_name = out_axis_name
         self.output_scale = output_scale
 
     def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
         arrays = self.promote_dtype(
             (x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype
         )
-        x, *kernels = arrays
-        y = low_rank(self, scale_bwd(x, self.output_scale), *kernels)
+        y, *kernels = arrays
+        y = low_rank(
+            self,
+            scale_bwd(y, self.output_scale),
+            *kernels,
+            in_axis_name=self.in_axis_name,
+            out_axis_name=self.out_axis_name,
+        )
         y = scale_fwd(y, self.output_scale)
         return y if self.base_module is None else y + self.base_module(x, **kwargs)
 
@@ -110,5 +121,7 @@ class LoRALinear(nnx.LoRALinear, Linear):
             formats=self.formats,
             constraint=self.constraint,
             batch_axis_name=self.batch_axis_name,
+            in_axis_name=self.in_axis_name,
+            out_axis_name=self.out_axis_name,
             rngs=rngs,
         )

@@ -13,7 +13,7 @@ from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
 from ..layers.attention import SOW_WEIGHTS, Attention, Cache
 from ..layers.transformer import block_taus, check_stack, feed_forward, pre_norm
-from ..op import AxisName
+from ..op import AxisName, axis_names
 from ..ops.activation import silu_glu
 from .depth import set_depth
 from .linear import Linear, LinearGeneral, unit_normal
@@ -75,6 +75,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             the model also sees other lengths; without it a call's own counts, and in
             decoding the cache's.
         constraint, batch_axis_name: as in `Linear`.
+        model_axis_name: axes over which the heads are split, inside `shard_map`.
 
     Decoding takes any number of tokens at a time, a whole prompt as well as one token:
     the output does not depend on how a sequence is cut. It is that of the whole
@@ -96,6 +97,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         length: int | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        model_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
@@ -115,6 +117,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         inits = {"out": out_kernel_init or kernel_init}
         for name in ("query", "key", "value", "out"):
             plain = getattr(self, name)
+            heads_first = name == "out"
             projection = LinearGeneral(
                 plain.in_features,
                 plain.out_features,
@@ -132,6 +135,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 formats=formats,
                 constraint=constraint,
                 batch_axis_name=batch_axis_name,
+                in_axis_name=model_axis_name if heads_first else None,
+                out_axis_name=None if heads_first else model_axis_name,
                 rngs=rngs,
             )
             if plain.bias is not None and projection.bias is not None:
@@ -146,7 +151,9 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 param_dtype=plain.param_dtype,
                 promote_dtype=plain.promote_dtype,
                 scale_metadata=plain.scale.get_metadata(),
-                batch_axis_name=batch_axis_name,
+                # Its gain is shared by the heads, which are part of its batch.
+                batch_axis_name=axis_names(batch_axis_name)
+                + axis_names(model_axis_name),
                 rngs=rngs,
             )
             setattr(self, name, norm)
@@ -187,6 +194,8 @@ class MLP(nnx.Module):
         hidden_features: the size between.
         activation: a unit-scaled function of two arrays if `gated`, else of one.
         gated: whether there is a gate.
+        model_axis_name: axes over which the hidden features are split, inside
+            `shard_map`.
         formats, constraint, batch_axis_name and the rest: as in `Linear`.
     """
 
@@ -197,15 +206,28 @@ class MLP(nnx.Module):
         *,
         activation: Callable[..., jax.Array] = silu_glu,
         gated: bool = True,
+        model_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
         **linear: Any,
     ):
-        def layer(d_in: int, d_out: int) -> Linear:
-            return Linear(d_in, d_out, rngs=rngs, **linear)
+        def layer() -> Linear:
+            return Linear(
+                in_features,
+                hidden_features,
+                out_axis_name=model_axis_name,
+                rngs=rngs,
+                **linear,
+            )
 
-        self.up = layer(in_features, hidden_features)
-        self.gate = layer(in_features, hidden_features) if gated else nnx.data(None)
-        self.down = layer(hidden_features, in_features)
+        self.up = layer()
+        self.gate = layer() if gated else nnx.data(None)
+        self.down = Linear(
+            hidden_features,
+            in_features,
+            in_axis_name=model_axis_name,
+            rngs=rngs,
+            **linear,
+        )
         self.activation = activation
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -237,6 +259,9 @@ class TransformerBlock(nnx.Module):
         activation, gated: the MLP's.
         dropout_rate: what is dropped of each branch's output.
         use_bias, formats, dtype, param_dtype, batch_axis_name: of all its layers.
+        model_axis_name: axes over which attention's heads and the MLP's hidden features
+            are split, inside `shard_map`. Elsewhere every device holds all features:
+            there is one `psum` at the end of each branch.
 
     Reference: u-muP (Blake et al., 2024), appendix G.
     """

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..arguments import check_broadcast
 from ..constraints import Constraint, to_output_scale
 from ..moments import Moments, moments
 from ..op import AxisName, Case, Constant, Factors, Op, case, scaled_op
@@ -245,11 +246,7 @@ def gelu_glu(
 
 
 def _prelu_rule(x: Any, negative_slope: Any, *, initial_slope: float) -> Factors:
-    if jnp.broadcast_shapes(negative_slope.shape, x.shape) != x.shape:
-        raise ValueError(
-            f"`negative_slope` must be broadcastable to `x` of shape {x.shape}, got "
-            f"shape {negative_slope.shape}."
-        )
+    check_broadcast("negative_slope", negative_slope, x.shape)
     m = _moments(jax.nn.leaky_relu, {"negative_slope": initial_slope})
     # The slope's cotangent adds up min(x, 0) g over all that it multiplies, whose mean
     # square is 1/2: half of x is negative.

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, Key as KeyArray
 
+from ..arguments import check_broadcast, check_key
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats, quantize_bwd, quantize_fwd
 from ..moments import softmax_moments
@@ -89,15 +90,17 @@ def _attention_rule(
     *batch, queries, heads, head_size = query.shape
     keys, kv_heads = key.shape[-3:-1]
     logits = (*batch, heads, queries, keys)
-    _check_broadcast("mask", mask, logits)
-    _check_broadcast("bias", bias, logits)
-    _check_broadcast("query_positions", query_positions, (*batch, queries))
+    check_broadcast("mask", mask, logits)
+    check_broadcast("bias", bias, logits)
+    check_broadcast("query_positions", query_positions, (*batch, queries))
     if mask is not None and mask.dtype != jnp.bool_:
         raise TypeError(
             f"`mask` must be an array of booleans, got {mask.dtype}: pass what is to "
             "be added to the logits as `bias`."
         )
     check_factor("mult", mult)
+    if dropout_key is not None:
+        check_key("dropout_key", dropout_key)
     if not 0 <= dropout_rate < 1 or (dropout_rate and dropout_key is None):
         raise ValueError(
             "`dropout_rate` must be in [0, 1), and above 0 with a `dropout_key`, got "
@@ -127,6 +130,11 @@ def _check_shapes(query: Any, key: Any, value: Any) -> None:
             "`query`, `key` and `value` must be [..., length, heads, head_size], got "
             f"shapes {shapes}."
         )
+    if 0 in query.shape[-3:] or 0 in key.shape[-3:]:
+        raise ValueError(
+            "`query` and `key` must have a length, heads and a head size of 1 or more, "
+            f"got shapes {shapes}."
+        )
     common = [x.shape[:-3] + x.shape[-1:] for x in (query, key)]
     if (
         common[0] != common[1]
@@ -137,19 +145,6 @@ def _check_shapes(query: Any, key: Any, value: Any) -> None:
             "`key` and `value` must have the same shape, and `query` may differ in its "
             "length and in its heads, a multiple of theirs, alone, got shapes "
             f"{shapes}."
-        )
-
-
-def _check_broadcast(name: str, x: Any, shape: tuple[int, ...]) -> None:
-    if x is None:
-        return
-    try:
-        fits = np.broadcast_shapes(x.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"`{name}` must be broadcastable to {shape}, got shape {x.shape}."
         )
 
 
@@ -360,7 +355,8 @@ def dot_product_attention(
     return y
 
 
-def _rotary_rule(x: Any, positions: Any = None, **_: Any) -> Factors:
+def _rotary_rule(x: Any, positions: Any = None, *, base: float) -> Factors:
+    check_factor("base", base)
     if len(x.shape) < 3 or x.shape[-1] % 2:
         raise ValueError(
             "`x` must be [..., length, heads, head_size] with an even head size, got "

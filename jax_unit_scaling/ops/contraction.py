@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
+from ..arguments import check_broadcast
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats, quantize_bwd, quantize_fwd
 from ..op import AxisName, Factors, Zeros, case, factors_of_sum, scaled_op
@@ -42,16 +43,29 @@ def _dot_general_rule(
     lhs: Any, rhs: Any, dimension_numbers: DotDimensionNumbers, *_: Any, **__: Any
 ) -> Factors:
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
-    sizes = [lhs.shape[i] for i in lhs_contract], [rhs.shape[i] for i in rhs_contract]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"`lhs` and `rhs` must agree on the contracting dimensions, got sizes "
-            f"{sizes[0]} of {lhs.shape} and {sizes[1]} of {rhs.shape}."
-        )
+    for name, x, axes in (
+        ("lhs", lhs, (*lhs_contract, *lhs_batch)),
+        ("rhs", rhs, (*rhs_contract, *rhs_batch)),
+    ):
+        if len({*axes}) < len(axes) or not all(0 <= i < len(x.shape) for i in axes):
+            raise ValueError(
+                f"`dimension_numbers` must name axes of `{name}`, each once, got "
+                f"{dimension_numbers} for shape {x.shape}."
+            )
+    for kind, left, right in (
+        ("contracting", lhs_contract, rhs_contract),
+        ("batch", lhs_batch, rhs_batch),
+    ):
+        sizes = [lhs.shape[i] for i in left], [rhs.shape[i] for i in right]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"`lhs` and `rhs` must agree on the {kind} dimensions, got sizes "
+                f"{sizes[0]} of {lhs.shape} and {sizes[1]} of {rhs.shape}."
+            )
     shared = {*rhs_contract, *rhs_batch}
     free = math.prod(n for i, n in enumerate(rhs.shape) if i not in shared)
     terms = math.prod(lhs.shape) * free
-    contracted = math.prod(sizes[0])
+    contracted = math.prod(lhs.shape[i] for i in lhs_contract)
     return factors_of_sum(
         terms,
         out=terms // max(contracted, 1),
@@ -80,6 +94,8 @@ def dot_general(
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Unit-scaled `jax.lax.dot_general`; `rhs` is a parameter, as in a Flax module.
 
@@ -180,6 +196,8 @@ def linear(
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Unit-scaled `x @ kernel + bias`: x [..., in], kernel [in, out], bias [out].
 
@@ -190,6 +208,17 @@ def linear(
 
     Factors: in^-1/2 forward, out^-1/2 for `x`, batch^-1/2 for `kernel` and `bias`. The
     bias is added after the forward factor.
+
+    Inside `shard_map` each device sees a piece, and the factors are those of the whole
+    for the names of the mesh axes that split it:
+
+        batch_axis_name: the batch. Also in `pmap` and in a `vmap` over examples.
+        in_axis_name: the axes that are contracted, of `x` and `kernel`. The pieces'
+            products are added up over it (`psum`), before the bias.
+        out_axis_name: the output's axes, of `kernel` and `bias`.
+
+    So a feed-forward layer's first product has `out_axis_name="model"` and its second
+    `in_axis_name="model"`, as in Megatron.
 
     Reference: Unit Scaling (Blake et al., 2023), table A.2; u-muP, table 2.
     """
@@ -215,16 +244,12 @@ def _options(
     return {"precision": precision} | given
 
 
-def _readout_rule(x: Any, kernel: Any, bias: Any = None, **options: Any) -> Factors:
-    factors = _linear_rule(x, kernel, bias, **options)
-    return Factors(factors.fwd**2, factors.bwd)
-
-
 @scaled_op(
-    rule=_readout_rule,
+    rule=_linear_rule,
     parameters=("kernel", "bias"),
     cases=_LINEAR_CASES,
     unscaled=("out",),
+    fwd_power=2,
 )
 def linear_readout(
     x: Float[Array, "..."],
@@ -239,6 +264,8 @@ def linear_readout(
     formats: Formats | None = None,
     constraint: Constraint | None = None,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Unit-scaled `linear` for a model's last product, the way to its logits.
 
@@ -412,15 +439,7 @@ def _einsum_linear_rule(
     if bias is None:
         return Factors(factors.fwd, bwd)
     out = jax.eval_shape(ft.partial(jnp.einsum, subscripts), x, kernel).shape
-    try:
-        fits = jnp.broadcast_shapes(bias.shape, out) == out
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"`bias` must be broadcastable to the output's shape {out}, got "
-            f"{bias.shape}."
-        )
+    check_broadcast("bias", bias, out)
     size = math.prod(out)
     shared = math.sqrt(math.prod(bias.shape) / size) if size else 1.0
     return Factors(factors.fwd, bwd | {"bias": shared})
@@ -448,6 +467,8 @@ def einsum_linear(
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Unit-scaled `jnp.einsum` of an activation and a parameter, plus `bias`.
 
@@ -485,6 +506,10 @@ def _ragged_dot_rule(
             f"`group_sizes` must have the shape {rhs.shape[:1]}, one size for each "
             f"group of `rhs` {rhs.shape}, got {group_sizes.shape}."
         )
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise TypeError(
+            f"`group_sizes` must be an array of integers, got {group_sizes.dtype}."
+        )
     (m, k), n = lhs.shape, rhs.shape[2]
     return factors_of_sum(m * k * n, out=m * n, lhs=m * k, rhs=math.prod(rhs.shape))
 
@@ -507,6 +532,8 @@ def ragged_dot(
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
     batch_axis_name: AxisName | None = None,
+    in_axis_name: AxisName | None = None,
+    out_axis_name: AxisName | None = None,
 ) -> Float[Array, "m n"]:
     """Unit-scaled `jax.lax.ragged_dot`: each group of rows times its own matrix.
 

@@ -62,6 +62,10 @@ def _check(
             f"as many spatial axes as the window has, got shapes {kernel.shape} and "
             f"{x.shape}."
         )
+    if 0 in kernel.shape[:rank]:
+        raise ValueError(
+            f"`kernel` must have a window of 1 or more, got shape {kernel.shape}."
+        )
     if groups < 1 or d_in[0] * groups != x.shape[-1] or d_out[0] % groups:
         raise ValueError(
             f"`kernel` of shape {kernel.shape}, in {groups} group(s), must take the "
@@ -261,6 +265,10 @@ def _transposed_windows(
     dilation = per_axis("kernel_dilation", kernel_dilation, rank)
     sizes, taps = x.shape[-rank - 1 : -1], kernel.shape[:rank]
     spans = [d * (k - 1) + 1 for d, k in zip(dilation, taps, strict=True)]
+    if padding == "CIRCULAR" and 0 in sizes:
+        raise ValueError(
+            f'`padding` "CIRCULAR" has nothing to repeat in `x` of shape {x.shape}.'
+        )
     if padding in ("SAME", "VALID", "CIRCULAR"):
         pads = [
             _transposed_pads(span, s, padding == "SAME")
@@ -286,7 +294,9 @@ def _wrapped(y: Array, period: int, axis: int, low_first: bool) -> Array:
     pads = [(0, 0)] * y.ndim
     pads[axis] = (low, high)
     turns = jnp.pad(y, pads)
-    return turns.reshape(*y.shape[:axis], -1, period, *y.shape[axis + 1 :]).sum(axis)
+    count = turns.shape[axis] // period
+    rest = y.shape[axis + 1 :]
+    return turns.reshape(*y.shape[:axis], count, period, *rest).sum(axis)
 
 
 @scaled_op(

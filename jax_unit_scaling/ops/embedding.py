@@ -10,14 +10,15 @@ from ..op import AxisName, Factors, Integers, case, scaled_op
 
 
 def _embedding_rule(table: Any, ids: Any, **_: Any) -> Factors:
-    if len(table.shape) != 2:
+    if len(table.shape) != 2 or not table.shape[0]:
         raise ValueError(
-            f"`table` must be [vocabulary, features], got shape {table.shape}."
+            "`table` must be [vocabulary, features], with one row or more, got shape "
+            f"{table.shape}."
         )
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"`ids` must be an array of integers, got {ids.dtype}.")
-    tokens = math.prod(ids.shape)
-    return Factors(1.0, {"table": math.sqrt(table.shape[0] / max(tokens, 1))})
+    tokens = max(math.prod(ids.shape), 1)
+    return Factors(1.0, {"table": math.sqrt(table.shape[0] / tokens)})
 
 
 @scaled_op(

@@ -3,8 +3,16 @@
 Dividing a gradient by the number of examples is what makes float16 and FP8 underflow,
 so a mean divides the value alone. Gradients of devices or accumulation steps are
 therefore summed, not averaged.
+
+Where a device sees a piece of the batch (`shard_map`, `pmap`, a `vmap` over examples),
+`batch_axis_name` names the axes that split it. The value is then that of the whole
+batch, with the examples that `where` selects counted over all of it, on every device;
+the gradient is unchanged: each piece gets its own. Give it to all losses that are added
+up, a router's included: inside `shard_map` JAX counts a loss of the whole that is added
+to one of a piece once for each device.
 """
 
+import functools as ft
 import math
 from typing import Literal
 
@@ -13,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, Num
 
+from ..op import AxisName, axis_size, varying
 from ..scale import check_factor, scale_bwd, scale_fwd
 
 Reduction = Literal["mean", "sum"]
@@ -27,6 +36,7 @@ def cross_entropy(
     mult: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    batch_axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     """Unit-scaled cross-entropy of softmax(mult logits) and `labels`, in nats.
 
@@ -63,7 +73,7 @@ def cross_entropy(
         losses = (1 - label_smoothing) * losses - label_smoothing * logp.mean(-1)
     if z_loss:
         losses = losses + z_loss * jax.nn.logsumexp(wide, axis=-1) ** 2
-    return _reduced(losses, where, reduction)
+    return _reduced(losses, where, reduction, batch_axis_name)
 
 
 def kl_divergence(
@@ -73,6 +83,7 @@ def kl_divergence(
     where: Bool[Array, "*batch"] | None = None,
     reduction: Reduction = "mean",
     mult: float = 1.0,
+    batch_axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     """Unit-scaled divergence of softmax(mult logits) from the distribution `targets`.
 
@@ -90,7 +101,7 @@ def kl_divergence(
     logp = jax.nn.log_softmax(_scaled_logits(logits, n / math.sqrt(n - 1), mult))
     q = lax.stop_gradient(targets).astype(logp.dtype)
     losses = jnp.where(q == 0, 0, q * (jnp.log(q) - logp)).sum(-1)
-    return _reduced(losses, where, reduction)
+    return _reduced(losses, where, reduction, batch_axis_name)
 
 
 def binary_cross_entropy(
@@ -100,6 +111,7 @@ def binary_cross_entropy(
     where: Bool[Array, "*shape"] | None = None,
     reduction: Reduction = "mean",
     mult: float = 1.0,
+    batch_axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     """Unit-scaled cross-entropy of sigmoid(mult logits) and `labels` from 0 to 1.
 
@@ -112,7 +124,7 @@ def binary_cross_entropy(
     wide = _scaled_logits(logits, 2.0, mult)
     y = lax.stop_gradient(labels).astype(wide.dtype)
     losses = -y * jax.nn.log_sigmoid(wide) - (1 - y) * jax.nn.log_sigmoid(-wide)
-    return _reduced(losses, where, reduction)
+    return _reduced(losses, where, reduction, batch_axis_name)
 
 
 def mse_loss(
@@ -121,6 +133,7 @@ def mse_loss(
     *,
     where: Bool[Array, "*shape"] | None = None,
     reduction: Reduction = "mean",
+    batch_axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     """Unit-scaled squared error, in float32 at least.
 
@@ -128,7 +141,7 @@ def mse_loss(
     targets), which for unit-scaled independent arguments has the variance 8.
     """
     error = _scaled_error(predictions, targets, 8**-0.5)
-    return _reduced(error * error, where, reduction)
+    return _reduced(error * error, where, reduction, batch_axis_name)
 
 
 def huber_loss(
@@ -138,6 +151,7 @@ def huber_loss(
     delta: float = 1.0,
     where: Bool[Array, "*shape"] | None = None,
     reduction: Reduction = "mean",
+    batch_axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     """Unit-scaled Huber loss, in float32 at least; the value is optax's.
 
@@ -157,7 +171,7 @@ def huber_loss(
     error = jnp.abs(_scaled_error(predictions, targets, mean_square**-0.5))
     inside = jnp.minimum(error, delta)
     losses = inside * (error - inside / 2)
-    return _reduced(losses, where, reduction)
+    return _reduced(losses, where, reduction, batch_axis_name)
 
 
 def _classes(logits: Array) -> int:
@@ -191,17 +205,44 @@ def _same_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:
         raise ValueError(f"`{name}` must have the shape {shape}, got {x.shape}.")
 
 
-def _reduced(losses: Array, where: Array | None, reduction: Reduction) -> Array:
+def _reduced(
+    losses: Array, where: Array | None, reduction: Reduction, names: AxisName | None
+) -> Array:
     if reduction not in ("mean", "sum"):
         raise ValueError(f'`reduction` must be "mean" or "sum", got {reduction!r}.')
     if where is not None:
         _same_shape("where", where, losses.shape)
-    total = jnp.sum(losses, where=where)
+    total = sum_over(jnp.sum(losses, where=where), names)
     if reduction == "sum":
         return total
     if where is None:
-        return scale_fwd(total, 1 / max(losses.size, 1))
-    return _divided_forward(total, jnp.maximum(jnp.sum(where, dtype=total.dtype), 1))
+        return scale_fwd(total, 1 / max(losses.size * axis_size(names), 1))
+    count = jnp.sum(where, dtype=total.dtype)
+    if names is not None:
+        count = lax.psum(count, names)
+    return _divided_forward(total, jnp.maximum(count, 1))
+
+
+def sum_over(x: Array, names: AxisName | None) -> Array:
+    """A loss's sum over the named axes, of which each piece is sent back its gradient.
+
+    Not `psum`'s own cotangent: outside of `shard_map` that is the sum of the copies of
+    the loss that all devices hold, and would grow with their number.
+    """
+    return x if names is None else _sum_over(x, names)
+
+
+@ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum_over(x: Array, names: AxisName) -> Array:
+    return lax.psum(x, names)
+
+
+def _sum_over_bwd(names: AxisName, x: Array, g: Array) -> tuple[Array]:
+    axes = tuple(varying(x) - varying(g))
+    return (lax.pcast(g, axes, to="varying") if axes else g,)
+
+
+_sum_over.defvjp(lambda x, names: (_sum_over(x, names), x), _sum_over_bwd)
 
 
 @jax.custom_vjp

@@ -11,8 +11,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from ..op import AxisName
+from ..op import AxisName, axis_size
 from ..scale import check_factor, scale_bwd, scale_fwd, scaled
+from .loss import sum_over
 
 X = Float[Array, "*batch features"]
 
@@ -75,7 +76,8 @@ def mixture_of_experts(
         num_experts: how many experts there are.
         num_selected: how many a token goes to.
         mult: multiplies the logits.
-        batch_axis_name: axes over which the tokens are split; loads are taken over all.
+        batch_axis_name: axes over which the tokens are split; loads and losses are
+            those of all of them.
 
     Returns:
         y, and the router's losses.
@@ -148,7 +150,10 @@ def _losses(
     probabilities = jax.nn.softmax(mult * scale_bwd(logits, 1 / scales.load_balance))
     z = jax.nn.logsumexp(mult * scale_bwd(logits, 1 / scales.z_loss), axis=-1)
     sums = num_experts * jnp.sum(probabilities @ loads), jnp.sum(z * z)
-    return RouterLosses(*(scale_fwd(total, 1 / tokens) for total in sums))
+    tokens *= axis_size(batch_axis_name)
+    return RouterLosses(
+        *(scale_fwd(sum_over(total, batch_axis_name), 1 / tokens) for total in sums)
+    )
 
 
 class _RouterScales(NamedTuple):

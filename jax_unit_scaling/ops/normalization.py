@@ -20,8 +20,11 @@ def _norm_rule(
     where: Any = None,
     *,
     axis: Axes = -1,
+    epsilon: float,
     **_: Any,
 ) -> Factors:
+    if epsilon < 0:
+        raise ValueError(f"`epsilon` must be 0 or more, got {epsilon}.")
     if not x.shape:
         raise ValueError("`x` must have an axis to normalise over, got a scalar.")
     _axes(x, axis)
@@ -157,11 +160,11 @@ def _group_norm_rule(
     num_groups: int | None,
     group_size: int | None,
     axis: Axes | None,
-    **_: Any,
+    **options: Any,
 ) -> Factors:
     _groups(x, num_groups, group_size)
     _group_axes(x, axis)
-    return _norm_rule(x, scale, bias, where)
+    return _norm_rule(x, scale, bias, where, **options)
 
 
 def _groups(x: Any, num_groups: int | None, group_size: int | None) -> int:
@@ -173,6 +176,10 @@ def _groups(x: Any, num_groups: int | None, group_size: int | None) -> int:
             f"second, got {num_groups} and {group_size}."
         )
     channels, divisor = x.shape[-1], num_groups or group_size or 0
+    if 0 in x.shape[1:]:
+        raise ValueError(
+            f"`x` must have one position and one channel or more, got shape {x.shape}."
+        )
     if divisor < 1 or channels % divisor:
         name = "num_groups" if num_groups is not None else "group_size"
         raise ValueError(

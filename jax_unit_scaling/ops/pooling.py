@@ -32,6 +32,11 @@ def _windows(
     sizes = x.shape[-rank - 1 : -1]
     pads = pads_of(padding, sizes, taps, steps)
     windows = list(map(Window, sizes, taps, steps, pads))
+    if not all(w.outputs for w in windows):
+        raise ValueError(
+            f"`window_shape` {window_shape} does not fit into `x` of shape {x.shape} "
+            f"with `padding` {padding}: nothing would be left."
+        )
     if any((w.hits == 0).any() for w in windows):
         raise ValueError(
             f"`padding` {padding} must be less than `window_shape` {window_shape}: a "
@@ -68,7 +73,7 @@ def _avg_pool_rule(
     **_: Any,
 ) -> Factors:
     counts = _counts(_windows(x, window_shape, strides, padding))
-    shared = math.prod(x.shape) // math.prod(x.shape[-len(window_shape) - 1 : -1])
+    shared = math.prod(x.shape[: -len(window_shape) - 1]) * x.shape[-1]
     # A window of n numbers adds them up with the weight 1/n, or 1/window.
     squares = counts / math.prod(window_shape) ** 2 if count_include_pad else 1 / counts
     return factors_of_sum(

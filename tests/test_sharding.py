@@ -1,0 +1,601 @@
+"""One machine or many, the same update: loss, gradients, and a step of Adam and SGD.
+
+The number of devices is fixed when JAX starts. So what needs eight of them runs in one
+process of its own, which the decorator `on_eight_devices` sends a test's body to.
+"""
+
+import functools as ft
+import multiprocessing
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import jax_unit_scaling as jus
+from jax_unit_scaling.op import OPS
+
+
+def _start():
+    warnings.simplefilter("error")  # as pytest does in its own process
+    jax.config.update("jax_num_cpu_devices", 8)
+    # Little is computed here, and much compiled.
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@ft.cache
+def _devices():
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_start)
+
+
+def _call(name, kwargs):
+    globals()[name].__wrapped__(**kwargs)
+
+
+def on_eight_devices(test):
+    """Runs a test where there are eight devices; its arguments have to be plain."""
+
+    @ft.wraps(test)
+    def sent(**kwargs):
+        _devices().submit(_call, test.__name__, kwargs).result()
+
+    return sent
+
+
+# -- The model, and what one device makes of it ----------------------------------------
+
+BATCH, LENGTH, VOCABULARY, WIDTH, HEADS = 16, 8, 32, 32, 4
+
+
+class _Transformer(nnx.Module):
+    """All kinds of parameters: a table, kernels, biases, gains, a readout."""
+
+    def __init__(self, batch_axis_name=None, model_axis_name=None, metadata=()):
+        metadata, rngs = dict(metadata), nnx.Rngs(0)
+        batch = {"batch_axis_name": batch_axis_name}
+        self.embed = jus.nnx.Embed(
+            VOCABULARY, WIDTH, embedding_metadata=metadata, **batch, rngs=rngs
+        )
+        self.stack = jus.nnx.TransformerStack(
+            WIDTH,
+            HEADS,
+            2 * WIDTH,
+            depth=1,
+            norm=jus.nnx.RMSNorm,
+            attention=ft.partial(jus.nnx.MultiHeadAttention, normalize_qk=True),
+            use_bias=True,
+            kernel_metadata=metadata,
+            model_axis_name=model_axis_name,
+            **batch,
+            rngs=rngs,
+        )
+        self.norm = jus.nnx.LayerNorm(WIDTH, **batch, rngs=rngs)
+        self.readout = jus.nnx.LinearReadout(
+            WIDTH, VOCABULARY, kernel_metadata=metadata, **batch, rngs=rngs
+        )
+
+    def __call__(self, ids):
+        return self.readout(self.norm(self.stack(self.embed(ids))))
+
+
+@ft.cache
+def _data():
+    """Tokens and labels, and a mask that leaves each piece another number of them."""
+    ids = jax.random.randint(jax.random.key(1), (BATCH, LENGTH + 1), 0, VOCABULARY)
+    share = jnp.linspace(0.2, 1, BATCH)[:, None]
+    where = jax.random.bernoulli(jax.random.key(2), share, (BATCH, LENGTH))
+    return ids[:, :-1], ids[:, 1:], where
+
+
+ADAM, SGD = jus.optim.adam(0.1), jus.optim.sgd(0.1)
+
+
+def _loss(graph, params, data, **names):
+    tokens, labels, where = data
+    logits = nnx.merge(graph, params)(tokens)
+    return jus.cross_entropy(logits, labels, where=where, **names)
+
+
+_gradient = jax.value_and_grad(_loss, argnums=1)
+
+
+def _updated(params, grads, *optimisers):
+    """The parameters after one step of each optimiser."""
+    made = (o.update(grads, o.init(params), params)[0] for o in optimisers)
+    return [optax.apply_updates(params, updates) for updates in made]
+
+
+def _step(graph, params, data, total=lambda grads: grads, **names):
+    loss, grads = _gradient(graph, params, data, **names)
+    grads = total(grads)
+    return loss, grads, *_updated(params, grads, ADAM, SGD)
+
+
+@ft.cache
+def _single():
+    """The model's graph and parameters, and what one device makes of them."""
+
+    # Biases or gains that are all alike would hide one that is given to another.
+    def told_apart(p):
+        return p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape)
+
+    def make():
+        return jax.tree.map(told_apart, nnx.state(_Transformer()))
+
+    graph, params = _graph(), jax.jit(make)()
+    return graph, params, jax.jit(ft.partial(_step, graph))(params, _data())
+
+
+def _graph(*axis_names):
+    return nnx.graphdef(nnx.eval_shape(lambda: _Transformer(*axis_names)))
+
+
+def _assert_same(got):
+    """The loss, the gradients of unit scale and the steps of 0.1 agree to 1e-5."""
+    for a, b in zip(got, _single()[2], strict=True):
+        pairs = zip(
+            jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+        )
+        for (path, x), y in pairs:
+            np.testing.assert_allclose(
+                x, y, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path)
+            )
+
+
+# -- `jit` with shardings --------------------------------------------------------------
+
+
+def _mesh(**axes):
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)
+    )
+
+
+def _megatron(path, x):
+    """Heads and hidden features over `model`; all else whole on every device."""
+    match path:
+        case [*_, "query" | "key" | "value" | "up" | "gate", "kernel"]:
+            return P(None, "model")
+        case [*_, "query" | "key" | "value" | "up" | "gate", "bias"]:
+            return P("model")
+        case [*_, "out" | "down", "kernel"]:
+            return P("model")
+    return P()
+
+
+def _vocabulary(path, x):
+    """As `_megatron`, with table and readout split over the vocabulary as well."""
+    match path:
+        case ["embed", "embedding"] | ["readout", "bias"]:
+            return P("model")
+        case ["readout", "kernel"]:
+            return P(None, "model")
+    return _megatron(path, x)
+
+
+def _fsdp(path, x, taken=()):
+    """A piece of each parameter for each device of `data`, along an axis that fits."""
+    size = jax.sharding.get_abstract_mesh().shape["data"]
+    axes = [taken[i] if i < len(taken) else None for i in range(x.ndim)]
+    free = [i for i in range(x.ndim) if axes[i] is None and x.shape[i] % size == 0]
+    if free:
+        axes[free[0]] = "data"
+    return P(*axes)
+
+
+def _specs(layout, params):
+    def spec(path, x):
+        return layout([str(getattr(k, "key", "")) for k in path[:-1]], x)
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+LAYOUTS = {
+    "data parallel": ({"data": 8}, lambda path, x: P()),
+    "fsdp": ({"data": 8}, _fsdp),
+    "tensor parallel": ({"model": 4}, _vocabulary),
+    "data and tensor parallel": ({"data": 2, "model": 4}, _vocabulary),
+    "fsdp and tensor parallel": (
+        {"data": 4, "model": 2},
+        lambda path, x: _fsdp(path, x, _vocabulary(path, x)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@on_eight_devices
+def test_jit_with_shardings_makes_the_same_update(name):
+    axes, layout = LAYOUTS[name]
+    graph, params, _ = _single()
+    mesh = _mesh(**axes)
+    with jax.set_mesh(mesh):
+        specs = _specs(layout, params)
+    split = any(spec != P() for spec in jax.tree.leaves(specs))
+    assert split == (name != "data parallel")
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    batch = NamedSharding(mesh, P("data" if "data" in axes else None))
+    params = jax.device_put(params, shardings)
+    got = jax.jit(
+        ft.partial(_step, graph), out_shardings=(None, shardings, shardings, shardings)
+    )(params, jax.device_put(_data(), batch))
+    _assert_same(got)
+    for x, sharding in zip(
+        jax.tree.leaves(got[3]), jax.tree.leaves(shardings), strict=True
+    ):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+@on_eight_devices
+def test_shardings_in_the_metadata_of_parameters_make_the_same_update():
+    _, params, _ = _single()
+    mesh = _mesh(data=4, model=2)
+    with jax.set_mesh(mesh):
+        model = _Transformer(metadata={"out_sharding": ("data", "model")})
+        graph, made = nnx.split(model)
+        specs = nnx.get_partition_spec(made)
+        kernels = [
+            t["stack"]["blocks"][0]["mlp"]["up"]["kernel"] for t in (made, specs)
+        ]
+        assert kernels[0].get_metadata()["role"] == "weight"
+        assert kernels[0].sharding.spec == kernels[1].get_value() == P("data", "model")
+        shardings = jax.tree.map(lambda p: p.sharding, made)
+        leaves = jax.device_put(jax.tree.leaves(params), jax.tree.leaves(shardings))
+        split = jax.tree.unflatten(jax.tree.structure(made), leaves)
+        data = jax.device_put(_data(), NamedSharding(mesh, P("data")))
+        got = jax.jit(ft.partial(_step, graph))(split, data)
+    _assert_same(got)
+
+
+# -- Mapped axes: each device sees a piece ---------------------------------------------
+
+
+def _pieces(x, n):
+    return x.reshape(n, -1, *x.shape[1:])
+
+
+MEGATRON = {
+    "data": {"data": 8},
+    "model": {"model": 4},
+    "data and model": {"data": 2, "model": 4},
+}
+
+
+@pytest.mark.parametrize("name", MEGATRON)
+@on_eight_devices
+def test_shard_map_makes_the_same_update(name):
+    axes = MEGATRON[name]
+    _, params, _ = _single()
+    data, model = (a if a in axes else None for a in ("data", "model"))
+    graph = _graph(data, model)
+    specs = _specs(_megatron, params) if model else P()
+
+    def step(params, piece):
+        def total(grads):
+            return jus.optim.sum_gradients(grads, data) if data else grads
+
+        return _step(graph, params, piece, total, batch_axis_name=data)
+
+    mapped = jax.shard_map(
+        step,
+        mesh=_mesh(**axes),
+        in_specs=(specs, P(data)),
+        out_specs=(P(), specs, specs, specs),
+    )
+    _assert_same(jax.jit(mapped)(params, _data()))
+
+
+@pytest.mark.parametrize("way", ["pmap", "unchecked shard_map"])
+@on_eight_devices
+def test_where_jax_sums_no_gradients_the_sum_makes_the_same_update(way):
+    _, params, _ = _single()
+    graph = _graph("data")
+
+    def step(params, piece):
+        total = ft.partial(jus.optim.sum_gradients, axis_name="data")
+        return _step(graph, params, piece, total, batch_axis_name="data")
+
+    if way == "pmap":
+        mapped = jax.pmap(step, axis_name="data", in_axes=(None, 0))
+        got = mapped(params, jax.tree.map(lambda x: _pieces(x, 8), _data()))
+        got = jax.tree.map(lambda x: x[3], got)
+    else:
+        specs = {"in_specs": (P(), P("data")), "out_specs": P(), "check_vma": False}
+        mapped = jax.shard_map(step, mesh=_mesh(data=8), **specs)
+        got = jax.jit(mapped)(params, _data())
+    _assert_same(got)
+
+
+@pytest.mark.parametrize("grad", ["inside", "outside"])
+@on_eight_devices
+def test_gradients_of_a_vmap_over_examples_add_up_to_that_of_the_batch(grad):
+    _, params, (loss, want, *_) = _single()
+    graph = _graph("data")
+    examples = jax.tree.map(lambda x: x[:, None], _data())
+
+    def one(params, example, f=_gradient):
+        return f(graph, params, example, batch_axis_name="data")
+
+    def value(params):
+        loss = ft.partial(one, params, f=_loss)
+        return jax.vmap(loss, axis_name="data", out_axes=None)(examples)
+
+    if grad == "inside":
+        each = jax.vmap(one, axis_name="data", in_axes=(None, 0))
+        got = jax.tree.map(lambda x: x.sum(0), jax.jit(each)(params, examples)[1])
+    else:
+        value, got = jax.jit(jax.value_and_grad(value))(params)
+        np.testing.assert_allclose(value, loss, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["multi_steps", "by hand"])
+@on_eight_devices
+def test_accumulated_gradients_make_the_same_update(way):
+    graph, params, (_, want_grads, *want) = _single()
+    every = 4
+    batches = jax.tree.map(lambda x: _pieces(x, every), _data())
+
+    @jax.jit
+    def run(params, batches):
+        grads = lax.map(lambda b: _gradient(graph, params, b)[1], batches)
+        if way == "by hand":
+            grads = jax.tree.map(lambda g: g.sum(0) * every**-0.5, grads)
+            return _updated(params, grads, ADAM, SGD), grads
+        optimisers = [jus.optim.multi_steps(o, every) for o in (ADAM, SGD)]
+        states = [o.init(params) for o in optimisers]
+        made = [params, params]
+        for i in range(every):
+            one = jax.tree.map(lambda g, i=i: g[i], grads)
+            for j, o in enumerate(optimisers):
+                updates, states[j] = o.update(one, states[j], made[j])
+                made[j] = optax.apply_updates(made[j], updates)
+        return made, want_grads
+
+    got, grads = run(params, batches)
+    pairs = zip(
+        jax.tree.leaves((got, grads)), jax.tree.leaves((want, want_grads)), strict=True
+    )
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+# -- Operations and modules alone ------------------------------------------------------
+
+# Whose statistics are over all axes, and whose parameter has an element for each input:
+# there is no batch to split.
+WITHOUT_BATCH = ("layer_norm-2", "prelu-1")
+WITH_PARAMETERS = [name for name, op in OPS.items() if op.parameters]
+CASES = [
+    f"{name}-{i}"
+    for name in WITH_PARAMETERS
+    for i, case in enumerate(OPS[name].cases)
+    if {*OPS[name].parameters} & {*[*OPS[name]._signature.parameters][: len(case.args)]}
+    and f"{name}-{i}" not in WITHOUT_BATCH
+]
+# The axis of the first activation that is batch, where it is not the first.
+BATCH_AXIS = {"dot_general-2": 1, "einsum_linear-0": 1, "linear-4": 1}
+
+
+@pytest.mark.parametrize("name", WITH_PARAMETERS)
+def test_an_operation_with_parameters_takes_the_names_of_the_axes_of_its_batch(name):
+    assert "batch_axis_name" in OPS[name]._signature.parameters, (
+        f"`{name}` has parameters, whose gradients are sums over the batch: give it "
+        "the keyword `batch_axis_name: AxisName | None = None`; `op.py` does the rest."
+    )
+
+
+def _halves(case_id, op, args):
+    """The arguments with a leading axis of two where they are split, and which are."""
+    (first, *_) = (
+        i
+        for i, (name, a) in enumerate(zip(op._signature.parameters, args, strict=False))
+        if name not in op.parameters and hasattr(a, "shape")
+    )
+    axis = BATCH_AXIS.get(case_id, 0)
+    halves = list(args)
+    # Every other row, so that groups of rows, as `ragged_dot` has them, are halved too.
+    halves[first] = jnp.stack(
+        [
+            jnp.moveaxis(jnp.moveaxis(args[first], axis, 0)[i::2], 0, axis)
+            for i in (0, 1)
+        ]
+    )
+    if op is OPS["ragged_dot"]:
+        halves[2] = args[2] // 2
+    return halves, first
+
+
+@pytest.mark.parametrize("case_id", CASES)
+@on_eight_devices
+def test_an_operation_on_a_split_batch_has_the_gradients_of_the_whole(case_id):
+    from test_ops import _argument  # here, as it makes arrays when it is imported
+
+    name, _, index = case_id.rpartition("-")
+    op, case = OPS[name], OPS[name].cases[int(index)]
+    keys = jax.random.split(jax.random.key(0), len(case.args))
+    args = [_argument(a, k, jnp.float32) for a, k in zip(case.args, keys, strict=True)]
+    halves, split = _halves(case_id, op, args)
+    names = list(op._signature.parameters)
+    parameters = {
+        n: args[names.index(n)] for n in op.factors(*args, **case.options).bwd
+    }
+    parameters = {n: p for n, p in parameters.items() if n in op.parameters}
+
+    def grads(parameters, x, args, **options):
+        def loss(parameters):
+            full = list(args)
+            full[split] = x
+            for n, p in parameters.items():
+                full[names.index(n)] = p
+            return jnp.sum(op(*full, **case.options, **options) ** 2)
+
+        return jax.grad(loss)(parameters)
+
+    def piece(parameters, x):
+        return grads(parameters, x, halves, batch_axis_name="b")
+
+    def all_ways(parameters, x, pieces):
+        mapped = jax.vmap(piece, in_axes=(None, 0), axis_name="b")
+        sharded = jax.shard_map(
+            lambda parameters, x: piece(parameters, x[0]),
+            mesh=_mesh(b=2),
+            in_specs=(P(), P("b")),
+            out_specs=P(),
+        )(parameters, pieces)
+        if op is OPS["ragged_dot"]:  # JAX maps it over axes that all arrays have
+            return grads(parameters, x, args), sharded
+        summed = jax.tree.map(lambda g: g.sum(0), mapped(parameters, pieces))
+        return grads(parameters, x, args), sharded, summed
+
+    want, *got = jax.jit(all_ways)(parameters, args[split], halves[split])
+    assert want
+    for way in got:
+        for n, g in want.items():
+            # float32 sums of 2^13 numbers at most, in another order
+            unit = np.sqrt(np.mean(np.square(g)))
+            np.testing.assert_allclose(way[n] / unit, g / unit, atol=2e-5, err_msg=n)
+
+
+# The operation on x [64, 32] and kernel [32, 24], and whether it adds a bias.
+PRODUCTS = {
+    "linear": (jus.linear, True),
+    "linear_readout": (jus.linear_readout, True),
+    "dot_general": (
+        lambda x, k, b, **o: jus.dot_general(x, k, (((1,), (0,)), ((), ())), **o),
+        False,
+    ),
+    "einsum_linear": (
+        lambda x, k, b, **o: jus.einsum_linear("bi,io->bo", x, k, b, **o),
+        True,
+    ),
+    "ragged_dot": (
+        lambda x, k, b, **o: jus.ragged_dot(
+            x, jnp.stack([k, -k]), jnp.array([40, 24]), **o
+        ),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("constraint", [None, jus.gmean], ids=["free", "gmean"])
+@pytest.mark.parametrize("name", PRODUCTS)
+@on_eight_devices
+def test_a_product_in_pieces_has_the_value_and_gradients_of_the_whole(name, constraint):
+    op, biased = PRODUCTS[name]
+    x, kernel, bias, g = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(64, 32), (32, 24), (24,), (64, 24)])
+    )
+    args = (x, kernel, bias if biased else None)
+
+    def run(f):
+        y, vjp = jax.vjp(f, *args)
+        return y, vjp(g)
+
+    def split(specs, out, **names):
+        f = ft.partial(op, constraint=constraint, **names)
+        mesh = _mesh(b=2, m=4)
+        return run(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out))
+
+    def all_ways():
+        return (
+            run(ft.partial(op, constraint=constraint)),
+            split((P(None, "m"), P("m"), P()), P(), in_axis_name="m"),
+            split((P(), P(None, "m"), P("m")), P(None, "m"), out_axis_name="m"),
+            split(
+                (P(None, "b"), P("b", "m"), P("m")),
+                P(None, "m"),
+                in_axis_name="b",
+                out_axis_name="m",
+            ),
+        )
+
+    want, *got = jax.jit(all_ways)()
+    for way in got:
+        for a, b in zip(jax.tree.leaves(way), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", ["LoRALinear", "Einsum", "LinearGeneral"])
+@on_eight_devices
+def test_layers_in_pieces_compute_what_the_whole_does(module):
+    def layer(**names):
+        rngs = nnx.Rngs(0)
+        if module == "Einsum":
+            return jus.nnx.Einsum("bi,io->bo", (16, 24), (24,), rngs=rngs, **names)
+        if module == "LinearGeneral":
+            return jus.nnx.LinearGeneral(16, 24, rngs=rngs, **names)
+        b = nnx.initializers.normal(1.0)
+        return jus.nnx.LoRALinear(
+            16, 24, lora_rank=4, b_initializer=b, rngs=rngs, **names
+        )
+
+    def run(params, x, **names):
+        graph = nnx.graphdef(nnx.eval_shape(lambda: layer(**names)))
+        return nnx.merge(graph, params)(x)
+
+    whole = nnx.state(layer())
+    specs = {
+        "in_axis_name": {"kernel": P("m"), "lora_a": P("m")},
+        "out_axis_name": {
+            "kernel": P(None, "m"),
+            "lora_b": P(None, "m"),
+            "bias": P("m"),
+        },
+    }
+    x = jax.random.normal(jax.random.key(1), (8, 16))
+    value = lambda f: jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(f(p, x)))))
+    want = value(run)(whole)
+    for name, by_name in specs.items():
+        mapped = jax.shard_map(
+            ft.partial(run, **{name: "m"}),
+            mesh=_mesh(m=4),
+            in_specs=(
+                _specs(lambda path, x, by=by_name: by.get(path[-1], P()), whole),
+                P(None, "m") if name == "in_axis_name" else P(),
+            ),
+            out_specs=P() if name == "in_axis_name" else P(None, "m"),
+        )
+        got = value(mapped)(whole)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@on_eight_devices
+def test_a_mixture_of_experts_on_a_split_batch_is_that_on_the_whole():
+    def layer(**names):
+        return jus.nnx.MoE(16, 32, 4, rngs=nnx.Rngs(0), **names)
+
+    def loss(graph, params, x, **names):
+        y, losses = nnx.merge(graph, params)(x)
+        value = jus.mse_loss(y, jnp.cos(x), **names)
+        return value + losses.load_balance + 0.3 * losses.z_loss
+
+    graph, params = nnx.split(layer())
+    x = jax.random.normal(jax.random.key(1), (8, 6, 16))
+    grad = jax.value_and_grad(loss, argnums=1)
+    want = jax.jit(ft.partial(grad, graph))(params, x)
+    mapped = jax.shard_map(
+        ft.partial(grad, nnx.graphdef(layer(batch_axis_name="b")), batch_axis_name="b"),
+        mesh=_mesh(b=4),
+        in_specs=(P(), P("b")),
+        out_specs=P(),
+    )
+    got = jax.jit(mapped)(params, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["in_axis_name", "out_axis_name"])
+def test_pieces_of_features_need_a_shard_map_that_knows_what_varies(name):
+    f = ft.partial(jus.linear, **{name: "m"})
+    with pytest.raises(ValueError, match=f"`{name}='m'` needs `jax.shard_map`"):
+        jax.vmap(f, axis_name="m")(jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5)))
