@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 import jax_unit_scaling as jus
-from jax_unit_scaling import scale
 
 
 def _normal(seed, *shape):
@@ -140,14 +139,10 @@ def _gradients(model):
     return jax.jit(jax.grad(loss))(params)
 
 
-def _cosines(model, monkeypatch):
+def _cosines(model, truly):
     """Each parameter's gradient against the true one of the same forward function."""
     got = _gradients(model)
-    with monkeypatch.context() as patched:
-        patched.setattr(scale, "_scaled", lambda x, fwd, bwd: x * fwd)
-        jax.clear_caches()
-        true = _gradients(model)
-    jax.clear_caches()
+    true = truly(_gradients, model)
 
     def cosine(a, b):
         a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
@@ -156,22 +151,20 @@ def _cosines(model, monkeypatch):
     return jax.tree.leaves(jax.tree.map(cosine, got, true))
 
 
-def test_every_gradient_of_a_transformer_is_true_up_to_a_positive_constant(
-    monkeypatch,
-):
+def test_every_gradient_of_a_transformer_is_true_up_to_a_positive_constant(truly):
     model = _Transformer(use_bias=True)
     # The initial zeros hide a bias from its neighbours' gradients.
     params = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda p: p + 0.1 * jnp.cos(p), params))
-    cosines = _cosines(model, monkeypatch)
+    cosines = _cosines(model, truly)
     assert len(cosines) > 40
     np.testing.assert_array_less(0.9999, cosines)
 
 
-def test_an_unconstrained_residual_branch_breaks_the_gradient(monkeypatch):
+def test_an_unconstrained_residual_branch_breaks_the_gradient(truly):
     model = _Transformer()
     model.blocks[1].mlp.up.constraint = None
-    assert min(_cosines(model, monkeypatch)) < 0.9999
+    assert min(_cosines(model, truly)) < 0.9999
 
 
 def test_a_block_is_near_unit_scale_at_its_ends_and_within_a_decade_inside():
