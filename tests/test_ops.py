@@ -90,7 +90,9 @@ def test_by_default_the_gradients_of_activations_are_true_up_to_one_constant(op,
         cosine = got @ true / np.sqrt((got @ got) * (true @ true))
         np.testing.assert_allclose(cosine, 1, atol=1e-6, err_msg=name)
         if name not in op.parameters:  # for activations the constant is one
-            np.testing.assert_allclose(got, true, rtol=2e-4, atol=1e-5, err_msg=name)
+            # Terms reach 4.2^2 * 1.7 = 30 (two unit normals, a factor) and may cancel:
+            # 16 roundings of 2^-24 of that.
+            np.testing.assert_allclose(got, true, rtol=2e-4, atol=3e-5, err_msg=name)
 
 
 def _shapes(c):
