@@ -2,12 +2,13 @@
 
 import collections.abc
 import dataclasses
+import functools as ft
 import inspect
 import math
 import numbers
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, cast, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 from .scale import check_floating
 
 Predicate = Callable[[Any], bool]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +40,15 @@ class Check:
     others: tuple[Predicate, ...]
     expected: str
 
-    def __call__(self, value: Any) -> None:
-        """Raises a TypeError or ValueError that names the argument."""
+    def __call__(self, value: Any) -> Any:
+        """The value, if it fits; of a NumPy number the Python one, which promotes none.
+
+        Raises:
+            TypeError: if it is not what the signature says, by the argument's name.
+            ValueError: if it is not finite.
+        """
         if value is self.default:
-            return
+            return value
         if self.is_array and hasattr(value, "shape") and hasattr(value, "dtype"):
             if self.is_floating:
                 check_floating(self.name, value.dtype)
@@ -55,6 +62,27 @@ class Check:
             raise ValueError(
                 f"`{self.name}` must be finite, got {value}: pass a finite number."
             )
+        plain = isinstance(value, np.generic) and not self.is_array
+        return value.item() if plain else value
+
+
+def checked(f: F) -> F:
+    """`f`, whose arguments are first checked against its annotations."""
+    signature = inspect.signature(f)
+    checks = checks_of(signature, but=())
+
+    @ft.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as e:
+            raise TypeError(f"{f.__name__}{signature}: {e}.") from None
+        for check in checks:
+            if check.name in bound.arguments:
+                bound.arguments[check.name] = check(bound.arguments[check.name])
+        return f(*bound.args, **bound.kwargs)
+
+    return cast(F, call)
 
 
 def checks_of(signature: inspect.Signature, but: Sequence[str]) -> tuple[Check, ...]:
@@ -66,8 +94,8 @@ def checks_of(signature: inspect.Signature, but: Sequence[str]) -> tuple[Check, 
 def _check(parameter: inspect.Parameter) -> Check | None:
     annotation = parameter.annotation
     members = get_args(annotation) if _is_union(annotation) else (annotation,)
-    arrays = [m for m in members if hasattr(m, "dtypes")]
-    others = [m for m in members if not hasattr(m, "dtypes")]
+    arrays = [m for m in members if _is_array(m)]
+    others = [m for m in members if not _is_array(m)]
     predicates = [_predicate(m) for m in others]
     known = [p for p in predicates if p is not None]
     if parameter.kind is parameter.VAR_KEYWORD or len(known) < len(predicates):
@@ -76,10 +104,14 @@ def _check(parameter: inspect.Parameter) -> Check | None:
         parameter.name,
         parameter.default,
         bool(arrays),
-        all("float" in dtype for m in arrays for dtype in m.dtypes),
+        all("float" in dtype for m in arrays for dtype in getattr(m, "dtypes", ("",))),
         tuple(known),
         " or ".join((["an array"] if arrays else []) + list(map(_words, others))),
     )
+
+
+def _is_array(annotation: Any) -> bool:
+    return annotation is jax.Array or hasattr(annotation, "dtypes")
 
 
 def _is_union(annotation: Any) -> bool:

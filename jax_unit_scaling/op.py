@@ -142,9 +142,9 @@ class Op(Generic[P, R]):
             for name in factors.bwd
             if arguments[name] is not None
         }
+        bias = inputs.pop("bias", None) if "bias" in self.parameters else None
         dtype = jnp.result_type(*inputs.values())
         half = dtype == jnp.float16
-        bias = inputs.pop("bias", None) if "bias" in self.parameters else None
         # A sum over a batch passes float16's largest number, 65504, before a factor
         # could bring it back. So the smallest factor multiplies the cotangent first.
         common = min(factors.bwd[name] for name in inputs) if half else 1.0
@@ -163,7 +163,9 @@ class Op(Generic[P, R]):
             y = lax.psum(y, contracted)
         y = scaled(y, fwd=factors.fwd, bwd=common)
         if bias is not None:
-            y = y + scaled(bias.astype(y.dtype), bwd=factors.bwd["bias"])
+            dtype = jnp.result_type(dtype, bias)
+            bias = bias.astype(jnp.result_type(y, bias))
+            y = y + scaled(bias, bwd=factors.bwd["bias"])
         return y.astype(dtype) if keep or self._widens(half) else y
 
     def factors(self, *args: Any, **kwargs: Any) -> Factors:
@@ -196,7 +198,7 @@ class Op(Generic[P, R]):
         options = dict(bound.kwargs)
         for check in self._checks:
             given = arguments if check.name in arguments else options
-            check(given[check.name])
+            given[check.name] = check(given[check.name])
         return arguments, options
 
     @ft.cached_property
@@ -290,6 +292,8 @@ def scaled_op(
 
     def decorate(fn: Callable[P, R]) -> Op[P, R]:
         op = Op(fn, rule, **about)
+        if op.__name__ in OPS:
+            raise ValueError(f"`fn` must have a name of its own, got {op.__name__}.")
         OPS[op.__name__] = op
         return op
 

@@ -38,8 +38,8 @@ update is then the same:
       grads = jax.grad(loss)(params, piece_of_the_batch)
       grads = optim.sum_gradients(grads, "data")
 
-- Tensor parallel inside `shard_map`: `model_axis_name="model"` for `MLP`,
-  `MultiHeadAttention` and `TransformerBlock`; for other layers see `linear`.
+- Tensor parallel inside `shard_map`: `model_axis_name="model"` for the NNX modules
+  `MLP`, `MultiHeadAttention` and `TransformerBlock`; for other layers see `linear`.
 - Accumulation: `multi_steps(optimiser, every)`, or a sum of your own and `optax.scale(
   every**-0.5)`.
 

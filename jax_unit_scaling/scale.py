@@ -37,12 +37,12 @@ def scaled(
 
 def scale_fwd(x: Float[Array, "*shape"], s: float) -> Float[Array, "*shape"]:
     """`scaled(x, fwd=s)`: multiplies `x` by `s`, and leaves its cotangent alone."""
-    return scaled(x, fwd=s)
+    return scaled(x, fwd=check_factor("s", s))
 
 
 def scale_bwd(x: Float[Array, "*shape"], s: float) -> Float[Array, "*shape"]:
     """`scaled(x, bwd=s)`: multiplies `x`'s cotangent by `s`, and leaves `x` alone."""
-    return scaled(x, bwd=s)
+    return scaled(x, bwd=check_factor("s", s))
 
 
 def _scaled(x: Array, fwd: float, bwd: float) -> Array:

@@ -95,6 +95,56 @@ def test_by_default_the_gradients_of_activations_are_true_up_to_one_constant(op,
             np.testing.assert_allclose(got, true, rtol=2e-4, atol=3e-5, err_msg=name)
 
 
+def test_a_wider_bias_leaves_float16_its_range_and_promotes_as_in_the_plain_sum():
+    x, kernel = jnp.full((8192, 2048), 8.0, "f2"), jnp.full((2048, 2), 8.0, "f2")
+
+    def run(bias):
+        y, vjp = jax.vjp(jax.jit(jus.linear), x, kernel, bias)
+        return y, *vjp(jnp.full(y.shape, 2.0, y.dtype))
+
+    for got, want in zip(run(jnp.zeros(2)), run(jnp.zeros(2, "f2")), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-3)  # float16's 2^-10, twice
+        assert np.isfinite(np.asarray(got, np.float32)).all()
+    y, _, _, of_bias = run(jnp.zeros(2))
+    assert y.dtype == of_bias.dtype == jnp.float32
+    assert jus.layer_norm(x[:2], None, jnp.zeros(2048)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("number", [np.sqrt(4.0), np.float32(2), np.int64(2)])
+def test_a_numpy_number_promotes_no_more_than_pythons(number):
+    x = jnp.ones((4, 8), jnp.bfloat16)
+    for call in (jus.gelu, jus.softmax):
+        y = call(x, mult=number)
+        assert y.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(y, call(x, mult=2.0))
+
+
+def test_attention_of_an_empty_batch_with_a_bias_is_empty():
+    x = jnp.zeros((0, 4, 2, 8))
+    y = jus.dot_product_attention(x, x, x, None, jnp.zeros((2, 4, 4)))
+    assert y.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (lambda: jus.scale_bwd(jnp.ones(2), "a"), TypeError, "`s` must be"),
+        (lambda: jus.cross_entropy([[1.0, 2.0]], jnp.ones(1, int)), TypeError, "`logi"),
+        (lambda: jus.residual_add(jnp.ones(2), jnp.ones(2, int)), TypeError, "`skip`"),
+        (lambda: jus.unit_scaled("relu"), TypeError, "`f` must be a function"),
+        (lambda: jus.unit_scaled(jnp.sin)(jnp.ones(2), w=[2.0]), TypeError, "`w` must"),
+        (
+            lambda: jus.linear(jnp.ones((2, 3)), jnp.ones((3, 4)), batch_axes=5),
+            ValueError,
+            "`batch_axes` must be",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+
+
 def _shapes(c):
     return [_argument(a, jax.random.key(0), jnp.float32) for a in c.args]
 

@@ -1,10 +1,28 @@
 """Residual schemes: the weights they stand for, and unit scale through a stack."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_unit_scaling as jus
+
+
+def test_a_branch_of_another_dtype_gets_cotangents_in_its_own():
+    # A float32 branch of a bfloat16 stream, under scan, where a carry keeps its dtype.
+    x = jnp.linspace(-1, 1, 8).astype(jnp.bfloat16)
+
+    def stream(x):
+        def block(carry, _):
+            y = jus.residual_apply(lambda r: r.astype(jnp.float32) * 2, carry * carry)
+            return y.astype(carry.dtype), None
+
+        return jnp.sum(jax.lax.scan(block, x, length=2)[0])
+
+    assert jax.grad(stream)(x).dtype == jnp.bfloat16
+    wide = x.astype(jnp.float32)
+    grads = jax.grad(lambda r, s: jus.residual_add(r, s).sum(), (0, 1))(x, wide)
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
 
 
 def test_fixed_weights_are_the_papers():

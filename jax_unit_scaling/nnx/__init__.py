@@ -13,6 +13,8 @@ from .conv import (
     ConvTranspose as ConvTranspose,
 )
 from .convert import (
+    COUNTERPARTS as COUNTERPARTS,
+    Counterpart as Counterpart,
     convert as convert,
 )
 from .depth import (

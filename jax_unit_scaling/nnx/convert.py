@@ -273,7 +273,7 @@ def _counterpart(layer: Any, where: str) -> Counterpart:
             f"`module` has a layer that cannot be converted at {where}, "
             f"{flax_type.__name__}: those that can are "
             f"{', '.join(t.__name__ for t in COUNTERPARTS)}. Replace it, or add its "
-            "counterpart to `jax_unit_scaling.nnx.convert.COUNTERPARTS`."
+            "counterpart to `jax_unit_scaling.nnx.COUNTERPARTS`."
         )
     return COUNTERPARTS[flax_type]
 

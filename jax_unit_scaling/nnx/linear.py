@@ -304,7 +304,8 @@ class Embed(nnx.Embed):
             rngs=rngs,
             **namesake,
         )
-        if tied is not None and (isinstance(tied, bool) or tied < 1):
+        is_count = isinstance(tied, int) and not isinstance(tied, bool)
+        if tied is not None and not (is_count and tied >= 1):
             raise ValueError(
                 f"`tied` must be None or the positions of a batch, got {tied}."
             )

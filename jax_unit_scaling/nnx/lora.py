@@ -86,7 +86,8 @@ class LoRA(nnx.LoRA):
 class LoRALinear(nnx.LoRALinear, Linear):
     """`flax.nnx.LoRALinear`: a `Linear` with a `LoRA` beside it.
 
-    Takes the arguments of its namesake; those of `Linear` concern both.
+    Takes the arguments of its namesake; formats, constraint and batch_axis_name concern
+    both.
     """
 
     def __init__(

@@ -181,8 +181,8 @@ class Dropout(nnx.Dropout):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
     ) -> jax.Array:
-        # The namesake checks its arguments, draws and divides by 1 - rate; the rest of
-        # the factor is the operation's, here without a key of its own.
+        # The namesake is called for its error alone: it would divide by 1 - rate. The
+        # key is drawn as it draws it, so that the same elements are dropped.
         if deterministic is None:
             deterministic = self.deterministic
         if self.rate == 0.0 or deterministic:

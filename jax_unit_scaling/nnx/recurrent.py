@@ -81,9 +81,10 @@ class _Cell(nnx.RNNCellBase):
 class SimpleCell(_Cell, nnx.SimpleCell):
     """`flax.nnx.SimpleCell` with unit scale: h' = tanh(W_i x + W_h h), or with `+ h`.
 
-    All cells take the arguments of their namesakes, those of `Linear`, and any
-    activation function, whose factors are computed. They give the carry and the output
-    unit scale for independent inputs of unit scale.
+    All cells take the arguments of their namesakes, formats, constraint and
+    batch_axis_name as in `Linear`, and any activation function, whose factors are
+    computed. They give the carry and the output unit scale for independent inputs of
+    unit scale.
     """
 
     def __call__(

@@ -31,6 +31,8 @@ def unit_scaled(f: Callable[..., Array]) -> Op[..., Array]:
 
     Reference: Unit Scaling (Blake et al., 2023), appendix A.2, for any function.
     """
+    if not callable(f):
+        raise TypeError(f"`f` must be a function of an array, got {f!r}.")
 
     @ft.wraps(f, assigned=("__name__", "__doc__"), updated=())
     def fn(
@@ -69,10 +71,10 @@ def _moments(f: Callable[..., Array], options: dict[str, Hashable]) -> Moments:
     if "mult" in options:
         check_factor("mult", options["mult"])
     for name, value in options.items():
-        if isinstance(value, jax.Array):
+        if isinstance(value, jax.Array) or not isinstance(value, Hashable):
             raise TypeError(
                 f"`{name}` must be a Python number that is known while tracing, got "
-                f"{value}: the factors depend on it."
+                f"{value!r}: the factors depend on it."
             )
     if f in _AT_DEFAULTS and options == _defaults(f):
         return _AT_DEFAULTS[f]
@@ -247,7 +249,7 @@ def gelu_glu(
 
 def _prelu_rule(x: Any, negative_slope: Any, *, initial_slope: float) -> Factors:
     check_broadcast("negative_slope", negative_slope, x.shape)
-    m = _moments(jax.nn.leaky_relu, {"negative_slope": initial_slope})
+    m = _moments(leaky_relu.fn, {"negative_slope": initial_slope})
     # The slope's cotangent adds up min(x, 0) g over all that it multiplies, whose mean
     # square is 1/2: half of x is negative.
     slope = (2 * max(negative_slope.size, 1) / max(x.size, 1)) ** 0.5

@@ -117,7 +117,7 @@ def _attention_rule(
     shared = (kv_heads / heads) ** 0.5  # a sum over the heads of a group
     sums = {"key": shared, "value": shared}
     if bias is not None:
-        sums["bias"] = (bias.size / math.prod(logits)) ** 0.5
+        sums["bias"] = (max(bias.size, 1) / max(math.prod(logits), 1)) ** 0.5
     kept = (1 - dropout_rate) ** 0.5
     bwd = {name: kept * b * sums.get(name, 1.0) for name, b in ideal.bwd.items()}
     return Factors(kept * ideal.fwd, bwd)
@@ -328,13 +328,14 @@ def dot_product_attention(
     logits = logits * (mult / head_size)
     if bias is not None:
         logits = logits + bias.astype(wide)
-    if query_positions is None:
-        query_positions = jnp.arange(queries)
-    distance = query_positions[..., None, :, None] - jnp.arange(keys)
     before, after = _reach(is_causal, local_window_size)
     seen = [] if mask is None else [jnp.asarray(mask)]
-    seen += [distance <= before] if before < math.inf else []
-    seen += [distance >= -after] if after < math.inf else []
+    if min(before, after) < math.inf:
+        if query_positions is None:
+            query_positions = jnp.arange(queries)
+        distance = query_positions[..., None, :, None] - jnp.arange(keys)
+        seen += [distance <= before] if before < math.inf else []
+        seen += [distance >= -after] if after < math.inf else []
     if seen:  # finite, so that a row without any key is not NaN
         visible = ft.reduce(jnp.logical_and, seen)
         logits = jnp.where(visible, logits, jnp.finfo(wide).min)

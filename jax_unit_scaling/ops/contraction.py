@@ -126,6 +126,11 @@ def _linear_rule(
     **_: Any,
 ) -> Factors:
     axes = _axes(x, axis)
+    if not 0 <= batch_axes <= len(x.shape):
+        raise ValueError(
+            f"`batch_axes` must be a number of `x`'s axes, got {batch_axes} for shape "
+            f"{x.shape}."
+        )
     shared = tuple(range(batch_axes)) + axes
     sizes, out = tuple(x.shape[a] for a in shared), kernel.shape[len(shared) :]
     if kernel.shape[: len(shared)] != sizes or len({*shared}) != len(shared):

@@ -21,12 +21,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, Num
 
+from ..arguments import checked
 from ..op import AxisName, axis_size, varying
 from ..scale import check_factor, scale_bwd, scale_fwd
 
 Reduction = Literal["mean", "sum"]
 
 
+@checked
 def cross_entropy(
     logits: Float[Array, "*batch classes"],
     labels: Integer[Array, "*batch"],
@@ -76,6 +78,7 @@ def cross_entropy(
     return _reduced(losses, where, reduction, batch_axis_name)
 
 
+@checked
 def kl_divergence(
     logits: Float[Array, "*batch classes"],
     targets: Float[Array, "*batch classes"],
@@ -104,6 +107,7 @@ def kl_divergence(
     return _reduced(losses, where, reduction, batch_axis_name)
 
 
+@checked
 def binary_cross_entropy(
     logits: Float[Array, "*shape"],
     labels: Num[Array, "*shape"] | Bool[Array, "*shape"],
@@ -127,6 +131,7 @@ def binary_cross_entropy(
     return _reduced(losses, where, reduction, batch_axis_name)
 
 
+@checked
 def mse_loss(
     predictions: Float[Array, "*shape"],
     targets: Float[Array, "*shape"],
@@ -144,6 +149,7 @@ def mse_loss(
     return _reduced(error * error, where, reduction, batch_axis_name)
 
 
+@checked
 def huber_loss(
     predictions: Float[Array, "*shape"],
     targets: Float[Array, "*shape"],

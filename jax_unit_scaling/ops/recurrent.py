@@ -86,8 +86,9 @@ def gated_carry(
         raise ValueError(
             f"`feedback` must be in [0, 1), got {feedback}: it is a share of the value."
         )
-    kept = moments(_gate, gate_fn=gate_fn, bias=bias)
-    if kept.rms >= 1:
+    # A bias of 0 is left out, so that both gates share one quadrature.
+    kept = moments(_gate, gate_fn=gate_fn, **({"bias": bias} if bias else {}))
+    if kept.rms >= 1 - 1e-9:
         raise ValueError(
             f"`gate_fn` must keep less than it is given, but its rms is {kept.rms:.3g} "
             "for a unit-normal input: use a function from 0 to 1, such as a sigmoid."
