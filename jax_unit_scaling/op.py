@@ -145,9 +145,7 @@ class Op(Generic[P, R]):
         bias = inputs.pop("bias", None) if "bias" in self.parameters else None
         dtype = jnp.result_type(*inputs.values())
         half = dtype == jnp.float16
-        # A sum over a batch passes float16's largest number, 65504, before a factor
-        # could bring it back. So the smallest factor multiplies the cotangent first.
-        common = min(factors.bwd[name] for name in inputs) if half else 1.0
+        common = self._common(factors, [*inputs], options, half)
         for name, x in inputs.items():
             x = scaled(x, bwd=factors.bwd[name] / common)
             arguments[name] = x.astype(jnp.float32) if self._widens(half) else x
@@ -228,6 +226,23 @@ class Op(Generic[P, R]):
             *(bwd[name] for name in active),
         )
         return Factors(fwd, bwd | dict(zip(active, agreed, strict=True)))
+
+    def _common(
+        self, factors: Factors, inputs: list[str], options: dict[str, Any], half: bool
+    ) -> float:
+        """The part of the backward factors that multiplies the output's cotangent."""
+        # A sum over a batch passes float16's largest number, 65504, before a factor
+        # could bring it back. So the smallest factor multiplies the cotangent first.
+        if half:
+            return min(factors.bwd[name] for name in inputs)
+        # One multiplication for all activations, and away from the products before
+        # this operation: XLA puts it into the one behind it, where it costs nothing,
+        # but into every read of a product's operand, where it does. A product's own
+        # would be such a one, and formats round a cotangent at unit scale.
+        if self._is_product or options.get("formats") is not None:
+            return 1.0
+        agreed = {factors.bwd[x] for x in inputs if x not in self.parameters}
+        return agreed.pop() if len(agreed) == 1 else 1.0
 
     def _widens(self, half: bool) -> bool:
         return half and self.widen and not self._is_product

@@ -318,14 +318,20 @@ def dot_product_attention(
     group = () if heads == kv_heads else (heads // kv_heads,)
     g = "g" * len(group)
     wide = jnp.promote_types(query.dtype, jnp.float32)
+    # The power of two goes on the query, exactly: on the logits, where only the rest
+    # is, XLA reads and writes all [queries, keys] of their cotangent once more.
+    rest, exponent = math.frexp(mult / head_size)
     logits = jnp.einsum(
         f"...qh{g}d,...khd->...h{g}qk",
-        query.reshape(*batch, queries, kv_heads, *group, head_size),
+        (query * 2.0 ** (exponent - 1)).reshape(
+            *batch, queries, kv_heads, *group, head_size
+        ),
         key,
         precision=precision,
         preferred_element_type=wide,
     ).reshape(*batch, heads, queries, keys)
-    logits = logits * (mult / head_size)
+    if rest != 0.5:
+        logits = logits * (2 * rest)
     if bias is not None:
         logits = logits + bias.astype(wide)
     before, after = _reach(is_causal, local_window_size)
@@ -333,9 +339,10 @@ def dot_product_attention(
     if min(before, after) < math.inf:
         if query_positions is None:
             query_positions = jnp.arange(queries)
-        distance = query_positions[..., None, :, None] - jnp.arange(keys)
-        seen += [distance <= before] if before < math.inf else []
-        seen += [distance >= -after] if after < math.inf else []
+        position, key_position = query_positions[..., None, :, None], jnp.arange(keys)
+        # Whole numbers are added to the queries' positions alone, not to all pairs.
+        seen += [key_position >= position - before] if before < math.inf else []
+        seen += [key_position <= position + after] if after < math.inf else []
     if seen:  # finite, so that a row without any key is not NaN
         visible = ft.reduce(jnp.logical_and, seen)
         logits = jnp.where(visible, logits, jnp.finfo(wide).min)

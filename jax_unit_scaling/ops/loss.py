@@ -42,7 +42,8 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Unit-scaled cross-entropy of softmax(mult logits) and `labels`, in nats.
 
-    `label_smoothing` is the share of each label that is spread over all classes;
+    A label that is not one of the classes 0, 1, .. makes the loss NaN, unless `where`
+    excludes it. `label_smoothing` is the share of each label that is spread over all;
     `z_loss` the coefficient of log(sum(exp(mult logits)))^2, which is added.
 
     Computed in float32 at least. The cotangent of `logits` is that of the sum, for n
@@ -69,12 +70,19 @@ def cross_entropy(
     # for all classes alike, and so orthogonal to the first.
     rms = math.hypot((1 - label_smoothing) * math.sqrt(n - 1), 2 * z_loss * math.log(n))
     wide = _scaled_logits(logits, n / rms, mult)
-    logp = jax.nn.log_softmax(wide)
-    losses = -jnp.take_along_axis(logp, labels[..., None], axis=-1)[..., 0]
+    largest = lax.stop_gradient(wide.max(-1))
+    shifted = wide - largest[..., None]
+    log_sum = jnp.log(jnp.exp(shifted).sum(-1))
+    # A sum over classes, not a gather: the cotangent is then one pass over the logits,
+    # where a gather's is a scatter into zeros that are written and read before.
+    chosen = labels[..., None] == jnp.arange(n)
+    target = jnp.where(chosen, shifted, 0).sum(-1)
     if label_smoothing:
-        losses = (1 - label_smoothing) * losses - label_smoothing * logp.mean(-1)
+        spread = shifted.mean(-1)
+        target = (1 - label_smoothing) * target + label_smoothing * spread
+    losses = jnp.where((0 <= labels) & (labels < n), log_sum - target, jnp.nan)
     if z_loss:
-        losses = losses + z_loss * jax.nn.logsumexp(wide, axis=-1) ** 2
+        losses = losses + z_loss * (log_sum + largest) ** 2
     return _reduced(losses, where, reduction, batch_axis_name)
 
 
