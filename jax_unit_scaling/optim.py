@@ -38,8 +38,8 @@ update is then the same:
       grads = jax.grad(loss)(params, piece_of_the_batch)
       grads = optim.sum_gradients(grads, "data")
 
-- Tensor parallel inside `shard_map`: `model_axis_name="model"` for the NNX modules
-  `MLP`, `MultiHeadAttention` and `TransformerBlock`; for other layers see `linear`.
+- Tensor parallel inside `shard_map`: `model_axis_name="model"` for the modules `MLP`,
+  `MoE`, `MultiHeadAttention` and `TransformerBlock`; for other layers see `linear`.
 - Accumulation: `multi_steps(optimiser, every)`, or a sum of your own and `optax.scale(
   every**-0.5)`.
 
@@ -331,8 +331,9 @@ def muon(
     is what Adam's factor does; so Muon's is fan_out^1/2 depth^-1/2.
 
     A weight of any shape is a matrix of its fan-in and fan-out, and one for each layer
-    of a stack. Those without `fan_out` (embeddings) are left to Adam. Weight decay is
-    independent, as in `adamw`, and none by default.
+    of a stack. Those without `fan_out` are left to Adam: embeddings, convolutions, and
+    the kernels of recurrent cells, whose gates are one array in NNX and several in
+    Linen. Weight decay is independent, as in `adamw`, and none by default.
 
     Reference: A Spectral Condition for Feature Learning (Yang et al., 2023), condition
     1. Its combination with u-muP's multipliers is derived here, not taken from there.

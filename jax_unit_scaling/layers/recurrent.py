@@ -45,10 +45,11 @@ def lstm_step(
     *,
     gate_fn: Fn,
     activation_fn: Fn,
+    forget_bias: float = 0.0,
 ) -> tuple[Pair, jax.Array]:
     """The carry (c', h') and h', from c and the pre-activations of the four gates."""
     activation = unit_scaled(activation_fn)
-    c = gated_carry(c, activation(g), f, i, gate_fn=gate_fn)
+    c = gated_carry(c, activation(g), f, i, gate_fn=gate_fn, bias=forget_bias)
     h = gated(activation(c), o, gate_fn=gate_fn)
     return (c, h), h
 
@@ -66,6 +67,27 @@ def gru_step(
     reset = gated(n[1], weighted_add(*r), gate_fn=gate_fn)
     candidate = unit_scaled(activation_fn)(weighted_add(n[0], reset))
     return gated_carry(h, candidate, weighted_add(*z), gate_fn=gate_fn)
+
+
+def mgu_step(
+    h: jax.Array,
+    f: Pair,
+    n: Pair,
+    *,
+    gate_fn: Fn,
+    activation_fn: Fn,
+    reset_gate: bool,
+    forget_bias: float,
+) -> jax.Array:
+    """h' from h and the products of (input, h) for forget gate and candidate.
+
+    `forget_bias` is what the first of `f` starts around, in place of zero.
+    """
+    mean = forget_bias * 2**-0.5  # its share in a sum of two
+    keep = weighted_add(*f) - mean
+    reset = gated(n[1], keep, gate_fn=gate_fn, bias=mean) if reset_gate else n[1]
+    candidate = unit_scaled(activation_fn)(weighted_add(n[0], reset))
+    return gated_carry(h, candidate, keep, gate_fn=gate_fn, bias=mean)
 
 
 def highway_step(

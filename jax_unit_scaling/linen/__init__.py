@@ -5,6 +5,9 @@ from ..layers.transformer import (
     post_norm as post_norm,
     pre_norm as pre_norm,
 )
+from .activation import (
+    PReLU as PReLU,
+)
 from .conv import (
     Conv as Conv,
     ConvTranspose as ConvTranspose,
@@ -16,6 +19,7 @@ from .linear import (
     Einsum as Einsum,
     Embed as Embed,
     LoRA as LoRA,
+    LoRADense as LoRADense,
 )
 from .metadata import (
     Parameter as Parameter,
@@ -37,8 +41,11 @@ from .normalization import (
 )
 from .recurrent import (
     RNN as RNN,
+    Bidirectional as Bidirectional,
+    ConvLSTMCell as ConvLSTMCell,
     GRUCell as GRUCell,
     LSTMCell as LSTMCell,
+    MGUCell as MGUCell,
     OptimizedLSTMCell as OptimizedLSTMCell,
     RecurrentHighwayCell as RecurrentHighwayCell,
     SimpleCell as SimpleCell,
@@ -49,4 +56,8 @@ from .transformer import (
     MultiHeadDotProductAttention as MultiHeadDotProductAttention,
     TransformerBlock as TransformerBlock,
     TransformerStack as TransformerStack,
+)
+from .weight_norm import (
+    SpectralNorm as SpectralNorm,
+    WeightNorm as WeightNorm,
 )

@@ -212,8 +212,14 @@ def _promote_and_apply(layer: Any, op: Any, **more: Any) -> Any:
 
     def applied(*arrays: Any) -> jax.Array:
         promoted = layer.promote_dtype(*arrays, dtype=layer.dtype)
-        axes = fields_of(named(layer), "in_axis_name", "out_axis_name")
-        return apply_linear(named(layer), op, *promoted, **axes, **more)
+        return apply_linear(
+            at := named(layer),
+            op,
+            *promoted,
+            in_axis_name=at.in_axis_name,
+            out_axis_name=at.out_axis_name,
+            **more,
+        )
 
     return applied
 
@@ -268,8 +274,8 @@ class Embed(nn.Embed):
         Raises:
             ValueError: without `tied`.
         """
-        query, table = self.promote_dtype(query, self.embedding, dtype=self.dtype)
-        return attend(self, query, table)
+        promoted: Any = self.promote_dtype(query, self.embedding, dtype=self.dtype)
+        return attend(self, *promoted)
 
 
 class LoRA(SplitOutput):

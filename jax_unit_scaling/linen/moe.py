@@ -114,12 +114,13 @@ class MoE(Scaled):
 
     def _apply_experts(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
         def expert(name: str, features: int) -> Callable[[jax.Array], jax.Array]:
-            split = "in_axis_name" if name == "down" else "out_axis_name"
+            side = "in_axis_name" if name == "down" else "out_axis_name"
+            split: dict[str, Any] = {side: self.model_axis_name}
             layer = ExpertDense(
                 self.num_experts,
                 features,
                 name=name,
-                **{split: self.model_axis_name},
+                **split,
                 **fields_of(self, "dtype", "param_dtype", "precision", "kernel_init"),
                 **options_of(self),
             )

@@ -18,7 +18,7 @@ def named(module: M) -> M:
     """
     if not module.is_initializing():
         return module
-    nameless = {name: None for name in _NAMES if hasattr(module, name)}
+    nameless: dict[str, Any] = {name: None for name in _NAMES if hasattr(module, name)}
     return module.clone(parent=None, **nameless)
 
 
@@ -27,11 +27,8 @@ def parameter(module: nn.Module, name: str, *init: Any) -> Any:
 
     Its shape is not checked: only who splits it knows along which axes.
     """
-    names = (
-        getattr(module, "in_axis_name", None),
-        getattr(module, "out_axis_name", None),
-    )
-    if names == (None, None) or not module.has_variable("params", name):
+    names = [getattr(module, f"{side}_axis_name") for side in ("in", "out")]
+    if names == [None, None] or not module.has_variable("params", name):
         return module.param(name, *init)
     piece: jax.Array = meta.unbox(module.get_variable("params", name))
     return piece

@@ -126,7 +126,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Scaled):
 
     def _dense(self, name: str, features: Any, **more: Any) -> DenseGeneral:
         kind = "out" if name == "out" else "qkv"
-        split = "in_axis_name" if name == "out" else "out_axis_name"
+        side = "in_axis_name" if name == "out" else "out_axis_name"
+        split: dict[str, Any] = {side: self.model_axis_name}
         names = ("use_bias", "dtype", "param_dtype", "precision")
         inits = fields_of(self, "kernel_init", "bias_init")
         return DenseGeneral(
@@ -134,7 +135,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Scaled):
             name=name,
             dot_general=getattr(self, f"{kind}_dot_general"),
             dot_general_cls=getattr(self, f"{kind}_dot_general_cls"),
-            **{split: self.model_axis_name},
+            **split,
             **fields_of(self, *names),
             **inits | more,
             **options_of(self),
@@ -249,11 +250,12 @@ class MLP(Scaled):
         inits = ("kernel_init", "bias_init")
 
         def layer(name: str, features: int) -> Dense:
-            split = "in_axis_name" if name == "down" else "out_axis_name"
+            side = "in_axis_name" if name == "down" else "out_axis_name"
+            split: dict[str, Any] = {side: self.model_axis_name}
             return Dense(
                 features,
                 name=name,
-                **{split: self.model_axis_name},
+                **split,
                 **fields_of(self, *names, *inits),
                 **options_of(self),
             )
