@@ -1,6 +1,7 @@
 """Activations with a parameter, drop-in for their `flax.linen` namesakes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -27,7 +28,7 @@ class PReLU(nn.PReLU):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         init = nn.initializers.constant(self.negative_slope_init)
-        slope = self.param(
+        slope: Any = self.param(
             "negative_slope", with_role(init, "norm"), (), self.param_dtype
         )
         return prelu(

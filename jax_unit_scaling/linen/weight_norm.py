@@ -38,7 +38,7 @@ class WeightNorm(nn.WeightNorm):
             return kernel
         axes = () if self.feature_axes is None else self.feature_axes
         features = tuple_of_axes(kernel.ndim, axes)
-        scale = None
+        scale: Any = None
         if self.use_scale:
             init = with_role(self.scale_init, "norm")
             shape = tuple(kernel.shape[a] for a in features)
