@@ -243,7 +243,18 @@ _ABOUT_FACTORS = ("constraint", "batch_axis_name", "in_axis_name", "out_axis_nam
 
 def _pieces(options: Mapping[str, Any], option: str) -> int:
     names = options.get(option)
-    if option != "batch_axis_name" and names is not None and not sums_cotangents(names):
+    if option == "batch_axis_name":
+        return axis_size(names)
+    return feature_pieces(option, names)
+
+
+def feature_pieces(option: str, names: AxisName | None) -> int:
+    """How many pieces there are along named axes that split no batch.
+
+    Raises:
+        ValueError: where JAX would not sum cotangents over them; `option` named them.
+    """
+    if names is not None and not sums_cotangents(names):
         raise ValueError(
             f"`{option}={names!r}` needs `jax.shard_map` with its default, "
             "`check_vma=True`: without it, as in `pmap` and `vmap`, JAX does not know "

@@ -683,6 +683,72 @@ def test_a_linen_model_makes_the_same_update_in_shard_map(name):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [None, 96])
+@pytest.mark.parametrize("family", ["nnx", "linen"])
+@on_eight_devices
+def test_a_vocabulary_in_pieces_has_the_loss_and_gradients_of_the_whole(family, tied):
+    ids, labels, where = (x[:, :6] for x in _data())
+
+    def both(embed, readout, ids):
+        x = jnp.sin(embed(ids))
+        return readout(x) if tied is None else embed.attend(x)
+
+    def layers(home, name=None, **rngs):
+        split = {"vocabulary_axis_name": name, "tied": tied, **rngs}
+        embed = home.Embed(VOCABULARY, 16, output_scale=0.5, **split)
+        if home is jus.nnx:
+            sizes, kind = (16, VOCABULARY), home.LinearReadout
+        else:
+            sizes, kind = (VOCABULARY,), home.DenseReadout
+        return embed, kind(*sizes, out_axis_name=name, **rngs)
+
+    def nnx_layers(name=None):
+        return nnx.List(layers(jus.nnx, name, rngs=nnx.Rngs(0)))
+
+    def loss(params, ids, labels, where, name=None):
+        if family == "nnx":
+            graph = nnx.graphdef(nnx.eval_shape(lambda: nnx_layers(name)))
+            logits = both(*nnx.merge(graph, params), ids)
+        else:
+            embed, readout = layers(jus.linen, name)
+            bound = embed.bind({"params": params["embed"]})
+            logits = both(
+                bound, lambda x: readout.apply({"params": params["readout"]}, x), ids
+            )
+        return jus.cross_entropy(
+            logits,
+            labels,
+            where=where,
+            mult=2.0,
+            label_smoothing=0.1,
+            z_loss=0.01,
+            class_axis_name=name,
+        )
+
+    if family == "nnx":
+        params = nnx.state(nnx_layers())
+    else:
+        embed, readout = layers(jus.linen, "m")  # the names have no effect here
+        params = {
+            "embed": embed.init(jax.random.key(0), ids)["params"],
+            "readout": readout.init(jax.random.key(1), jnp.ones((1, 16)))["params"],
+        }
+    by_name = {"embedding": P("m"), "kernel": P(None, "m"), "bias": P("m")}
+    mapped = jax.shard_map(
+        ft.partial(loss, name="m"),
+        mesh=_mesh(m=4),
+        in_specs=(_specs(lambda path, _: by_name[path[-1]], params), P(), P(), P()),
+        out_specs=P(),
+    )
+    data = ids, labels, where
+    want, got = (jax.jit(jax.value_and_grad(f))(params, *data) for f in (loss, mapped))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    # What is in no piece is NaN, as with the whole.
+    bad = jax.jit(mapped)(params, ids + VOCABULARY, labels, where)
+    assert np.isnan(bad)
+
+
 @pytest.mark.parametrize("family", ["nnx", "linen"])
 @on_eight_devices
 def test_experts_whose_hidden_features_are_split_compute_what_the_whole_do(family):

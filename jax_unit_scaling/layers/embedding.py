@@ -39,6 +39,8 @@ class Options(Protocol):
     @property
     def batch_axis_name(self) -> AxisName | None: ...
     @property
+    def vocabulary_axis_name(self) -> AxisName | None: ...
+    @property
     def output_scale(self) -> float: ...
     @property
     def logits_scale(self) -> float: ...
@@ -60,13 +62,15 @@ def look_up(
     embed: Options, table: jax.Array, ids: jax.Array, *, out_sharding: Any = None
 ) -> jax.Array:
     """The rows of the table at `ids`."""
-    rows: Callable[..., jax.Array]
+    rows: Callable[..., jax.Array] = embedding
     if embed.tied is None:
-        rows = ft.partial(embedding, batch_axis_name=embed.batch_axis_name)
+        rows = ft.partial(rows, batch_axis_name=embed.batch_axis_name)
     else:
         rows = embedding.fn
         ratio = embed.output_scale * embed.features / embed.logits_scale
         table = scale_bwd(table, ratio * _attend_factor(embed))
+    if embed.vocabulary_axis_name is not None:
+        rows = ft.partial(rows, vocabulary_axis_name=embed.vocabulary_axis_name)
     if out_sharding is not None:
         rows = jax.sharding.auto_axes(rows, out_sharding=out_sharding)
     return scale_fwd(rows(table, ids), embed.output_scale)
@@ -94,6 +98,7 @@ def attend(
         dot_general=with_factor(lax.dot_general, embed.logits_scale),
         constraint=to_output_scale,
         out_sharding=out_sharding,
+        out_axis_name=embed.vocabulary_axis_name,
     )
 
 

@@ -1,6 +1,6 @@
 """What linear layers and convolutions do once their parameters are there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -73,6 +73,17 @@ def bias_of_batch(bias: jax.Array, free: int, batch_axes: int) -> jax.Array:
     of which `free` axes are in between."""
     batch, out = bias.shape[:batch_axes], bias.shape[batch_axes:]
     return bias.reshape(*batch, *free * (1,), *out) if batch_axes else bias
+
+
+def broadcast_bias(
+    bias: jax.Array, whole: tuple[int, ...], broadcast: Sequence[int]
+) -> jax.Array:
+    """A bias of shape `whole`, or a piece of it, with the ones that `broadcast` has."""
+    if bias.shape != whole:
+        pairs = zip(bias.shape, whole, strict=True)
+        sizes = iter([n for n, of in pairs if of != 1])
+        broadcast = [1 if n == 1 else next(sizes) for n in broadcast]
+    return bias.reshape(broadcast)
 
 
 def apply_conv(

@@ -17,6 +17,7 @@ from ..layers.embedding import attend, check_embedding, look_up
 from ..layers.linear import (
     apply_linear,
     bias_of_batch,
+    broadcast_bias,
     low_rank,
     options_of,
     with_factor,
@@ -185,16 +186,15 @@ class Einsum(nn.Einsum, SplitOutput):
         shape = tuple(self.shape)
         init = with_role(self.kernel_init, "weight", einsum_fan_in(subscripts, shape))
         kernel = parameter(self, "kernel", init, shape, self.param_dtype)
-        bias, broadcast = None, ()
+        bias = None
         if self.use_bias:
-            bias_shape, broadcast = self._get_bias_shape(subscripts, inputs, kernel)
+            whole, broadcast = self._get_bias_shape(subscripts, inputs, kernel)
             init = with_role(self.bias_init, "bias")
-            shape = tuple(bias_shape)
-            bias = parameter(self, "bias", init, shape, self.param_dtype)
+            bias = parameter(self, "bias", init, tuple(whole), self.param_dtype)
+            bias = broadcast_bias(bias, tuple(whole), broadcast)
         product = with_factor(jnp.einsum, self.output_scale)
 
         def op(x: Any, kernel: Any, bias: Any, **options: Any) -> jax.Array:
-            bias = None if bias is None else bias.reshape(broadcast)
             return einsum_linear(subscripts, x, kernel, bias, einsum=product, **options)
 
         return _promote_and_apply(
@@ -231,6 +231,9 @@ class Embed(nn.Embed):
 
         tied: the positions of a (global) batch, which allows `attend`.
         logits_scale: multiplies what `attend` gives, as `output_scale` the look-up.
+        vocabulary_axis_name: axes over which the rows of the table are split, inside
+            `shard_map`: see `embedding`. The logits of `attend` are then split by
+            class, as `cross_entropy` takes them with `class_axis_name`.
 
     Factors, with s = `output_scale`: s forward and (vocabulary / ids)^1/2 for the
     table. Of a tied one, with r = `logits_scale` / features:
@@ -248,6 +251,9 @@ class Embed(nn.Embed):
     embedding_init: nn.initializers.Initializer = unit_normal
     batch_axis_name: AxisName | None = None
     output_scale: float = 1.0
+    vocabulary_axis_name: AxisName | None = dataclasses.field(
+        default=None, kw_only=True
+    )
     tied: int | None = dataclasses.field(default=None, kw_only=True)
     logits_scale: float = dataclasses.field(default=1.0, kw_only=True)
 
@@ -256,7 +262,8 @@ class Embed(nn.Embed):
         super().__post_init__()
 
     def setup(self) -> None:
-        self.embedding = self.param(
+        self.embedding = parameter(
+            self,
             "embedding",
             with_role(self.embedding_init, "weight", self.features),
             (self.num_embeddings, self.features),
@@ -275,7 +282,7 @@ class Embed(nn.Embed):
             ValueError: without `tied`.
         """
         promoted: Any = self.promote_dtype(query, self.embedding, dtype=self.dtype)
-        return attend(self, *promoted)
+        return attend(named(self), *promoted)
 
 
 class LoRA(SplitOutput):

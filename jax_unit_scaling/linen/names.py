@@ -8,7 +8,8 @@ from flax.core import meta
 
 M = TypeVar("M", bound=nn.Module)
 
-_NAMES = ("axis_name", "batch_axis_name", "in_axis_name", "out_axis_name")
+_OF_FEATURES = ("in_axis_name", "out_axis_name", "vocabulary_axis_name")
+_NAMES = ("axis_name", "batch_axis_name", *_OF_FEATURES)
 
 
 def named(module: M) -> M:
@@ -27,8 +28,8 @@ def parameter(module: nn.Module, name: str, *init: Any) -> Any:
 
     Its shape is not checked: only who splits it knows along which axes.
     """
-    names = [getattr(module, f"{side}_axis_name") for side in ("in", "out")]
-    if names == [None, None] or not module.has_variable("params", name):
+    is_split = any(getattr(module, of, None) is not None for of in _OF_FEATURES)
+    if not (is_split and module.has_variable("params", name)):
         return module.param(name, *init)
     piece: jax.Array = meta.unbox(module.get_variable("params", name))
     return piece

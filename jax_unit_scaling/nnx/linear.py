@@ -12,7 +12,12 @@ from jax import lax
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
 from ..layers.embedding import attend, check_embedding, look_up
-from ..layers.linear import apply_linear, bias_of_batch, with_factor
+from ..layers.linear import (
+    apply_linear,
+    bias_of_batch,
+    broadcast_bias,
+    with_factor,
+)
 from ..op import AxisName
 from ..ops.contraction import einsum_fan_in, einsum_linear, linear, linear_readout
 from ..parameters import Role, role_metadata
@@ -244,11 +249,7 @@ class Einsum(_Linear, nnx.Einsum):
         ) -> jax.Array:
             if bias is not None:
                 shape = self._infer_broadcasted_bias_shape(subscripts, x, kernel)
-                if bias.shape != self.bias_shape:  # a piece of the whole, as is `x`'s
-                    pairs = zip(bias.shape, self.bias_shape or (), strict=True)
-                    sizes = iter([n for n, whole in pairs if whole != 1])
-                    shape = [1 if n == 1 else next(sizes) for n in shape]
-                bias = bias.reshape(shape)
+                bias = broadcast_bias(bias, self.bias_shape or (), shape)
             return einsum_linear(subscripts, x, kernel, bias, einsum=product, **options)
 
         return self._apply(op, inputs, out_sharding)
@@ -261,6 +262,9 @@ class Embed(nnx.Embed):
 
         tied: the positions of a (global) batch, which allows `attend`.
         logits_scale: multiplies what `attend` gives, as `output_scale` the look-up.
+        vocabulary_axis_name: axes over which the rows of the table are split, inside
+            `shard_map`: see `embedding`. The logits of `attend` are then split by
+            class, as `cross_entropy` takes them with `class_axis_name`.
 
     Factors, with s = `output_scale`: s forward and (vocabulary / ids)^1/2 for the
     table. Of a tied one, with r = `logits_scale` / features:
@@ -284,6 +288,7 @@ class Embed(nnx.Embed):
         embedding_metadata: Any = None,
         tied: int | None = None,
         batch_axis_name: AxisName | None = None,
+        vocabulary_axis_name: AxisName | None = None,
         output_scale: float = 1.0,
         logits_scale: float = 1.0,
         rngs: nnx.Rngs,
@@ -302,6 +307,7 @@ class Embed(nnx.Embed):
         self.batch_axis_name = batch_axis_name
         self.output_scale = output_scale
         self.logits_scale = logits_scale
+        self.vocabulary_axis_name = vocabulary_axis_name
         check_embedding(self)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:

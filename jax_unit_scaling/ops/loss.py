@@ -22,8 +22,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, Num
 
 from ..arguments import checked
-from ..op import AxisName, axis_size, varying
+from ..op import AxisName, axis_size, feature_pieces, varying
 from ..scale import check_factor, scale_bwd, scale_fwd
+from .embedding import own_of_split
 
 Reduction = Literal["mean", "sum"]
 
@@ -39,6 +40,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     batch_axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     """Unit-scaled cross-entropy of softmax(mult logits) and `labels`, in nats.
 
@@ -50,10 +52,14 @@ def cross_entropy(
     without `mult` and without 1 / count, and zero outside `where`; the mean is taken
     inside it.
 
+    Inside `shard_map`, `class_axis_name` names the axes over which the classes are
+    split, as by a `LinearReadout(..., out_axis_name=...)`: `logits` are then a piece,
+    and `labels` and n those of all classes, as in Megatron.
+
     Reference: Unit Scaling (Blake et al., 2023), table A.2; u-muP, alpha_loss-softmax;
     for z_loss PaLM (Chowdhery et al., 2022), section 5.
     """
-    n = _classes(logits)
+    n = _classes(logits, class_axis_name)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"`labels` must be an array of class ids, got {labels.dtype}.")
     _same_shape("labels", labels, logits.shape[:-1])
@@ -69,13 +75,38 @@ def cross_entropy(
     # for all classes alike, and so orthogonal to the first.
     rms = math.hypot((1 - label_smoothing) * math.sqrt(n - 1), 2 * z_loss * math.log(n))
     wide = _scaled_logits(logits, n / rms, mult)
-    logp = jax.nn.log_softmax(wide)
-    losses = -jnp.take_along_axis(logp, labels[..., None], axis=-1)[..., 0]
+    shifted, log_sum, log_z = _shifted(wide, class_axis_name)
+    losses = log_sum - _of_labels(shifted, labels, class_axis_name)
     if label_smoothing:
-        losses = (1 - label_smoothing) * losses - label_smoothing * logp.mean(-1)
+        mean = _over(class_axis_name, shifted.sum(-1)) / n - log_sum
+        losses = (1 - label_smoothing) * losses - label_smoothing * mean
     if z_loss:
-        losses = losses + z_loss * jax.nn.logsumexp(wide, axis=-1) ** 2
+        losses = losses + z_loss * log_z**2
     return _reduced(losses, where, reduction, batch_axis_name)
+
+
+def _shifted(logits: Array, names: AxisName | None) -> tuple[Array, Array, Array]:
+    """Logits less the largest, and the log of the sum of exponentials, of these and of
+    all that they are."""
+    top = lax.stop_gradient(logits.max(-1))
+    if names is not None:
+        top = lax.pmax(top, names)
+    shifted = logits - top[..., None]
+    log_sum = jnp.log(_over(names, jnp.exp(shifted).sum(-1)))
+    return shifted, log_sum, log_sum + top
+
+
+def _of_labels(x: Array, labels: Array, names: AxisName | None) -> Array:
+    """The element of each label, along the last axis; NaN for one that is no class."""
+    if names is None:
+        return jnp.take_along_axis(x, labels[..., None], axis=-1)[..., 0]
+    own, inside, known = own_of_split(labels, x.shape[-1], names)
+    picked = jnp.take_along_axis(x, own[..., None], axis=-1)[..., 0]
+    return jnp.where(known, _over(names, jnp.where(inside, picked, 0)), jnp.nan)
+
+
+def _over(names: AxisName | None, x: Array) -> Array:
+    return x if names is None else lax.psum(x, names)
 
 
 @checked
@@ -180,8 +211,9 @@ def huber_loss(
     return _reduced(losses, where, reduction, batch_axis_name)
 
 
-def _classes(logits: Array) -> int:
+def _classes(logits: Array, names: AxisName | None = None) -> int:
     classes = logits.shape[-1] if logits.ndim else 0
+    classes *= feature_pieces("class_axis_name", names)
     if classes < 2:
         raise ValueError(
             f"`logits` must have two or more classes on its last axis, got {classes}."
