@@ -39,7 +39,12 @@ update is then the same:
       grads = optim.sum_gradients(grads, "data")
 
 - Tensor parallel inside `shard_map`: `model_axis_name="model"` for the modules `MLP`,
-  `MoE`, `MultiHeadAttention` and `TransformerBlock`; for other layers see `linear`.
+  `MoE` (the hidden features of every expert), attention and `TransformerBlock`;
+  `vocabulary_axis_name` for `Embed` and `class_axis_name` for `cross_entropy`; for
+  other layers see `linear`. Two things are not split there. Convolutions: their work
+  is in positions, and the batch or `jit` with shardings splits it. Experts over
+  devices: how many tokens go to each is known at run time alone, and static shapes
+  then ask for a capacity and dropped tokens, which `mixture_of_experts` has not.
 - Accumulation: `multi_steps(optimiser, every)`, or a sum of your own and `optax.scale(
   every**-0.5)`.
 

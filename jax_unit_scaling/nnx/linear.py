@@ -249,7 +249,7 @@ class Einsum(_Linear, nnx.Einsum):
         ) -> jax.Array:
             if bias is not None:
                 shape = self._infer_broadcasted_bias_shape(subscripts, x, kernel)
-                bias = broadcast_bias(bias, self.bias_shape or (), shape)
+                bias = broadcast_bias(bias, tuple(self.bias_shape or ()), shape)
             return einsum_linear(subscripts, x, kernel, bias, einsum=product, **options)
 
         return self._apply(op, inputs, out_sharding)
