@@ -789,6 +789,14 @@ def test_a_minimal_gated_unit_is_that_of_flax_between_unit_scaled_operations(res
     np.testing.assert_allclose(written, np.median(written), rtol=1e-3)
 
 
+def test_the_output_scale_of_a_convolution_multiplies_all_but_its_bias():
+    init = {"bias_init": nn.initializers.ones}
+    plain = L.Conv(8, (3,), **init)
+    params = plain.init(jax.random.key(0), X)
+    got = L.Conv(8, (3,), output_scale=3.0, **init).apply(params, X)
+    np.testing.assert_allclose(got - 1, 3 * (plain.apply(params, X) - 1), atol=1e-4)
+
+
 def test_a_convolutional_lstm_is_that_of_flax_between_unit_scaled_operations():
     x, h, c = (_normal(i, 3, 10, 16) for i in range(3))
     cell = L.ConvLSTMCell(16, (3,))

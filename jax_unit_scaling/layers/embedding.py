@@ -98,7 +98,6 @@ def attend(
         dot_general=with_factor(lax.dot_general, embed.logits_scale),
         constraint=to_output_scale,
         out_sharding=out_sharding,
-        out_axis_name=embed.vocabulary_axis_name,
     )
 
 
