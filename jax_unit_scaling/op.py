@@ -113,6 +113,9 @@ class Op(Generic[P, R]):
         statistic: what "scale" means for the output.
         widen: whether float16 inputs are computed on in float32.
         fwd_power: the power of the ideal forward factor that is used.
+        multiplied: `fn`'s values times a number, its last argument, where there is a
+            better place for that than the end: XLA puts a multiplication that ends an
+            operation into every read of it by a product.
     """
 
     fn: Callable[P, R]
@@ -123,6 +126,7 @@ class Op(Generic[P, R]):
     statistic: Literal["std", "rms"] = "std"
     widen: bool = True
     fwd_power: int = 1
+    multiplied: Callable[..., R] | None = None
     __name__: str = dataclasses.field(init=False)
     _signature: inspect.Signature = dataclasses.field(init=False, repr=False)
 
@@ -156,10 +160,14 @@ class Op(Generic[P, R]):
         if keep := half and given.get("preferred_element_type", dtype) is None:
             given["preferred_element_type"] = jnp.float32
         keywords = {k: v for k, v in options.items() if k not in _ABOUT_FACTORS}
-        y: Any = self.fn(*arguments.values(), **keywords)
-        if (contracted := options.get("in_axis_name")) is not None:
-            y = lax.psum(y, contracted)
-        y = scaled(y, fwd=factors.fwd, bwd=common)
+        y: Any
+        if self.multiplied is not None and factors.fwd == common:
+            y = self.multiplied(*arguments.values(), common, **keywords)
+        else:
+            y = self.fn(*arguments.values(), **keywords)
+            if (contracted := options.get("in_axis_name")) is not None:
+                y = lax.psum(y, contracted)
+            y = scaled(y, fwd=factors.fwd, bwd=common)
         if bias is not None:
             dtype = jnp.result_type(dtype, bias)
             bias = bias.astype(jnp.result_type(y, bias))
@@ -258,7 +266,18 @@ _ABOUT_FACTORS = ("constraint", "batch_axis_name", "in_axis_name", "out_axis_nam
 
 def _pieces(options: Mapping[str, Any], option: str) -> int:
     names = options.get(option)
-    if option != "batch_axis_name" and names is not None and not sums_cotangents(names):
+    if option == "batch_axis_name":
+        return axis_size(names)
+    return feature_pieces(option, names)
+
+
+def feature_pieces(option: str, names: AxisName | None) -> int:
+    """How many pieces there are along named axes that split no batch.
+
+    Raises:
+        ValueError: where JAX would not sum cotangents over them; `option` named them.
+    """
+    if names is not None and not sums_cotangents(names):
         raise ValueError(
             f"`{option}={names!r}` needs `jax.shard_map` with its default, "
             "`check_vma=True`: without it, as in `pmap` and `vmap`, JAX does not know "

@@ -38,8 +38,13 @@ update is then the same:
       grads = jax.grad(loss)(params, piece_of_the_batch)
       grads = optim.sum_gradients(grads, "data")
 
-- Tensor parallel inside `shard_map`: `model_axis_name="model"` for the NNX modules
-  `MLP`, `MultiHeadAttention` and `TransformerBlock`; for other layers see `linear`.
+- Tensor parallel inside `shard_map`: `model_axis_name="model"` for the modules `MLP`,
+  `MoE` (the hidden features of every expert), attention and `TransformerBlock`;
+  `vocabulary_axis_name` for `Embed` and `class_axis_name` for `cross_entropy`; for
+  other layers see `linear`. Two things are not split there. Convolutions: their work
+  is in positions, and the batch or `jit` with shardings splits it. Experts over
+  devices: how many tokens go to each is known at run time alone, and static shapes
+  then ask for a capacity and dropped tokens, which `mixture_of_experts` has not.
 - Accumulation: `multi_steps(optimiser, every)`, or a sum of your own and `optax.scale(
   every**-0.5)`.
 
@@ -331,8 +336,9 @@ def muon(
     is what Adam's factor does; so Muon's is fan_out^1/2 depth^-1/2.
 
     A weight of any shape is a matrix of its fan-in and fan-out, and one for each layer
-    of a stack. Those without `fan_out` (embeddings) are left to Adam. Weight decay is
-    independent, as in `adamw`, and none by default.
+    of a stack. Those without `fan_out` are left to Adam: embeddings, convolutions, and
+    the kernels of recurrent cells, whose gates are one array in NNX and several in
+    Linen. Weight decay is independent, as in `adamw`, and none by default.
 
     Reference: A Spectral Condition for Feature Learning (Yang et al., 2023), condition
     1. Its combination with u-muP's multipliers is derived here, not taken from there.

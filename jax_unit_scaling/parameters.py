@@ -22,7 +22,9 @@ class ParameterInfo:
         role: weight (hidden and input weights), bias, norm (a norm's gain) or output
             (all that belongs to the readout).
         fan_in: the length of a weight's contracted axes; an embedding's features.
-        fan_out: the length of its other axes; None unless it is a product's weight.
+        fan_out: the length of its other axes; None unless it is one matrix, as a linear
+            layer's weight is, but not a table, a window's, or the gates of a recurrent
+            cell, which may be several matrices in one array.
         depth: the residual adds of the stack it belongs to, 1 outside a stack.
 
     Raises:

@@ -20,7 +20,7 @@ def scaled(
     operation, XLA folds the others, and nothing is saved for the backward pass.
 
     Where `fwd != bwd` this is deliberately not the derivative. It is sound where the
-    constraints of the paper hold: see DESIGN.md.
+    constraints of the paper hold: see DESIGN.md. Where they agree it is a plain product.
     Forward-mode differentiation of a false gradient has no meaning and is refused by
     JAX (`custom_vjp`).
 
@@ -32,7 +32,8 @@ def scaled(
     """
     x = floating(x)
     fwd, bwd = check_factor("fwd", fwd), check_factor("bwd", bwd)
-    return x if fwd == bwd == 1.0 else _scaled(x, fwd, bwd)
+    # A product's derivative is itself: no rule need be written, or traced, for it.
+    return times(x, fwd) if fwd == bwd else _scaled(x, fwd, bwd)
 
 
 def scale_fwd(x: Float[Array, "*shape"], s: float) -> Float[Array, "*shape"]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import linen as nn, nnx
 from jax import lax
 
 import jax_unit_scaling as jus
@@ -410,18 +410,16 @@ def test_every_namesake_and_every_argument_is_tried():
         assert not untried, f"add to the options of {name}:{lines}"
 
 
-def test_every_module_of_flax_with_parameters_or_randomness_has_a_counterpart():
-    ours = {*NAMESAKES}
-    plain = {
-        name
-        for name, kind in vars(nnx).items()
-        if inspect.isclass(kind)
-        and kind.__module__.startswith("flax.nnx.nn.")
-        # Not layers: a protocol, a base class, a kind of variable; and the angles of
-        # rotary positions, which are neither: `rotary_base` gives them.
-        and name not in ("RNNBase", "RNNCellBase", "LoRAParam", "RoPE")
-    }
-    assert plain <= ours, f"missing: {sorted(plain - ours)}"
+@pytest.mark.parametrize("ours, theirs", [(jus.nnx, nnx), (jus.linen, nn)])
+def test_every_module_of_flax_is_provided_or_left_out_with_a_reason(ours, theirs):
+    def classes(home):
+        return {name for name, kind in vars(home).items() if inspect.isclass(kind)}
+
+    modules = {n for n in classes(theirs) if issubclass(vars(theirs)[n], theirs.Module)}
+    missing = modules - classes(ours) - {*ours.LEFT_OUT}
+    lines = "".join(f'\n    "{name}": "why it is left out",' for name in missing)
+    assert not missing, f"provide these, or add to LEFT_OUT:{lines}"
+    assert not {*ours.LEFT_OUT} & classes(ours), "provided, so not left out"
 
 
 def _variants(name):

@@ -330,6 +330,13 @@ def test_a_mixture_of_experts_language_model_trains_in_simulated_fp8():
     assert np.any(fp8 != exact)
 
 
+def test_no_tokens_give_no_rows_and_losses_of_zero():
+    layer = jus.nnx.MoE(8, 16, 4, rngs=nnx.Rngs(0))
+    y, losses = layer(jnp.zeros((3, 0, 8)))
+    assert y.shape == (3, 0, 8)
+    np.testing.assert_array_equal(losses, 0)
+
+
 BAD = {
     "one expert": (lambda: jus.nnx.MoE(4, 4, 1, rngs=nnx.Rngs(0)), "`num_experts`"),
     "selected": (lambda: jus.nnx.MoE(4, 4, 2, 3, rngs=nnx.Rngs(0)), "`num_selected`"),

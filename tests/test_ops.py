@@ -253,7 +253,7 @@ PLAIN = {
     "multiply": jnp.multiply,
     "sum": jnp.sum,
     "mean": jnp.mean,
-    "gated": lambda x, gate, gate_fn=jax.nn.sigmoid: x * gate_fn(gate),
+    "gated": lambda x, gate, gate_fn=jax.nn.sigmoid, bias=0: x * gate_fn(gate + bias),
     "conv": lambda *a, **k: _module(nnx.Conv, *a, **k),
     "conv_transpose": lambda *a, **k: _module(nnx.ConvTranspose, *a, **k),
     "avg_pool": nnx.avg_pool,

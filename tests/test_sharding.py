@@ -569,6 +569,222 @@ def test_layers_in_pieces_compute_what_the_whole_does(module):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("module", ["Dense", "DenseGeneral", "Einsum", "LoRADense"])
+@on_eight_devices
+def test_linen_layers_in_pieces_compute_what_the_whole_does(module):
+    from flax import linen as nn
+
+    b = nn.initializers.normal(1.0)
+    L = jus.linen
+
+    def layer(**names):
+        match module:
+            case "Dense":
+                return L.Dense(24, bias_init=b, **names)
+            case "DenseGeneral":
+                return L.DenseGeneral((24,), bias_init=b, **names)
+            case "Einsum":
+                return L.Einsum((16, 24), "bi,io->bo", bias_init=b, **names)
+            case _:
+                return L.LoRADense(24, lora_rank=4, b_initializer=b, **names)
+
+    def run(params, x, **names):
+        return layer(**names).apply({"params": params}, x)
+
+    x = jax.random.normal(jax.random.key(1), (8, 16))
+    # Built with the names, outside of the mapping.
+    whole = layer(in_axis_name="m").init(jax.random.key(0), x)["params"]
+    specs = {
+        "in_axis_name": {"kernel": P("m"), "lora_a": P("m")},
+        "out_axis_name": {
+            "kernel": P(None, "m"),
+            "lora_b": P(None, "m"),
+            "bias": P("m"),
+        },
+    }
+    value = lambda f: jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(f(p, x)))))
+    want = value(run)(whole)
+    for name, by_name in specs.items():
+        mapped = jax.shard_map(
+            ft.partial(run, **{name: "m"}),
+            mesh=_mesh(m=4),
+            in_specs=(
+                _specs(lambda path, x, by=by_name: by.get(path[-1], P()), whole),
+                P(None, "m") if name == "in_axis_name" else P(),
+            ),
+            out_specs=P() if name == "in_axis_name" else P(None, "m"),
+        )
+        got = value(mapped)(whole)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MEGATRON)
+@on_eight_devices
+def test_a_linen_model_makes_the_same_update_in_shard_map(name):
+    from flax import linen as nn
+
+    L = jus.linen
+
+    class Model(nn.Module):
+        data: str | None = None
+        model: str | None = None
+
+        @nn.compact
+        def __call__(self, ids):
+            batch = {"batch_axis_name": self.data}
+            x = L.Embed(VOCABULARY, WIDTH, name="embed", **batch)(ids)
+            block = {
+                "norm": L.RMSNorm,
+                "attention": ft.partial(
+                    L.MultiHeadDotProductAttention, normalize_qk=True
+                ),
+                "use_bias": True,
+                "model_axis_name": self.model,
+                **batch,
+            }
+            x = L.TransformerStack(HEADS, 2 * WIDTH, 1, block=block, name="stack")(x)
+            x = L.LayerNorm(name="norm", **batch)(x)
+            return L.DenseReadout(VOCABULARY, name="readout", **batch)(x)
+
+    def step(model, params, data, total=lambda grads: grads, **names):
+        def loss(params):
+            logits = model.apply({"params": params}, data[0])
+            return jus.cross_entropy(logits, data[1], where=data[2], **names)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        grads = total(grads)
+        return value, grads, *_updated(params, grads, ADAM, SGD)
+
+    axes = MEGATRON[name]
+    data, model = (a if a in axes else None for a in ("data", "model"))
+    split = Model(data, model)
+    params = jax.jit(split.init)(jax.random.key(0), _data()[0])["params"]
+    params = jax.tree.map(
+        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params
+    )
+    want = jax.jit(ft.partial(step, Model()))(params, _data())
+    specs = _specs(_megatron, params) if model else jax.tree.map(lambda _: P(), params)
+
+    def piece(params, piece):
+        def total(grads):
+            return jus.optim.sum_gradients(grads, data) if data else grads
+
+        return step(split, params, piece, total, batch_axis_name=data)
+
+    mapped = jax.shard_map(
+        piece,
+        mesh=_mesh(**axes),
+        in_specs=(specs, P(data)),
+        out_specs=(P(), specs, specs, specs),
+    )
+    got = jax.jit(mapped)(params, _data())
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [None, 96])
+@pytest.mark.parametrize("family", ["nnx", "linen"])
+@on_eight_devices
+def test_a_vocabulary_in_pieces_has_the_loss_and_gradients_of_the_whole(family, tied):
+    ids, labels, where = (x[:, :6] for x in _data())
+
+    def both(embed, readout, ids):
+        x = jnp.sin(embed(ids))
+        return readout(x) if tied is None else embed.attend(x)
+
+    def layers(home, name=None, **rngs):
+        split = {"vocabulary_axis_name": name, "tied": tied, **rngs}
+        embed = home.Embed(VOCABULARY, 16, output_scale=0.5, **split)
+        if home is jus.nnx:
+            sizes, kind = (16, VOCABULARY), home.LinearReadout
+        else:
+            sizes, kind = (VOCABULARY,), home.DenseReadout
+        return embed, kind(*sizes, out_axis_name=name, **rngs)
+
+    def nnx_layers(name=None):
+        return nnx.List(layers(jus.nnx, name, rngs=nnx.Rngs(0)))
+
+    def loss(params, ids, labels, where, name=None):
+        if family == "nnx":
+            graph = nnx.graphdef(nnx.eval_shape(lambda: nnx_layers(name)))
+            logits = both(*nnx.merge(graph, params), ids)
+        else:
+            embed, readout = layers(jus.linen, name)
+            bound = embed.bind({"params": params["embed"]})
+            logits = both(
+                bound, lambda x: readout.apply({"params": params["readout"]}, x), ids
+            )
+        return jus.cross_entropy(
+            logits,
+            labels,
+            where=where,
+            mult=2.0,
+            label_smoothing=0.1,
+            z_loss=0.01,
+            class_axis_name=name,
+        )
+
+    if family == "nnx":
+        params = nnx.state(nnx_layers())
+    else:
+        embed, readout = layers(jus.linen, "m")  # the names have no effect here
+        params = {
+            "embed": embed.init(jax.random.key(0), ids)["params"],
+            "readout": readout.init(jax.random.key(1), jnp.ones((1, 16)))["params"],
+        }
+    by_name = {"embedding": P("m"), "kernel": P(None, "m"), "bias": P("m")}
+    mapped = jax.shard_map(
+        ft.partial(loss, name="m"),
+        mesh=_mesh(m=4),
+        in_specs=(_specs(lambda path, _: by_name[path[-1]], params), P(), P(), P()),
+        out_specs=P(),
+    )
+    data = ids, labels, where
+    want, got = (jax.jit(jax.value_and_grad(f))(params, *data) for f in (loss, mapped))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    # What is in no piece is NaN, as with the whole.
+    bad = jax.jit(mapped)(params, ids + VOCABULARY, labels, where)
+    assert np.isnan(bad)
+
+
+@pytest.mark.parametrize("family", ["nnx", "linen"])
+@on_eight_devices
+def test_experts_whose_hidden_features_are_split_compute_what_the_whole_do(family):
+    x = jax.random.normal(jax.random.key(1), (24, 16))
+
+    def nnx_layer(**names):
+        return jus.nnx.MoE(16, 32, 4, rngs=nnx.Rngs(0), **names)
+
+    def run(params, x, **names):
+        if family == "linen":
+            y, losses = jus.linen.MoE(32, 4, **names).apply({"params": params}, x)
+        else:
+            graph = nnx.graphdef(nnx.eval_shape(lambda: nnx_layer(**names)))
+            y, losses = nnx.merge(graph, params)(x)
+        return jnp.sum(jnp.sin(y)) + losses.load_balance + losses.z_loss
+
+    if family == "linen":
+        params = jus.linen.MoE(32, 4).init(jax.random.key(0), x)["params"]
+    else:
+        params = nnx.state(nnx_layer())
+    by_name = {
+        "up": P(None, None, "m"),
+        "gate": P(None, None, "m"),
+        "down": P(None, "m"),
+    }
+    mapped = jax.shard_map(
+        ft.partial(run, model_axis_name="m"),
+        mesh=_mesh(m=4),
+        in_specs=(_specs(lambda path, _: by_name.get(path[-2], P()), params), P()),
+        out_specs=P(),
+    )
+    want, got = (jax.jit(jax.value_and_grad(f))(params, x) for f in (run, mapped))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 @on_eight_devices
 def test_a_mixture_of_experts_on_a_split_batch_is_that_on_the_whole():
     def layer(**names):

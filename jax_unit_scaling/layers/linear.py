@@ -1,6 +1,6 @@
 """What linear layers and convolutions do once their parameters are there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -43,7 +43,7 @@ def apply_linear(
 ) -> jax.Array:
     """One call into ops, with the options of a layer that has an `output_scale`.
 
-    The layer's product is to be multiplied by the same, with `times`.
+    The layer's product is to be multiplied by the same, with `with_factor`.
     """
     return op(
         scale_bwd(inputs, layer.output_scale),
@@ -55,23 +55,35 @@ def apply_linear(
     )
 
 
-def times(product: Callable[..., jax.Array], factor: float) -> Any:
+def with_factor(product: Callable[..., jax.Array], factor: float) -> Any:
     """A product times `factor`; the input's cotangent gets its own (`apply_linear`)."""
     return lambda *args, **kwargs: scale_fwd(product(*args, **kwargs), factor)
 
 
-def low_rank(
-    layer: Options,
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    *,
-    in_axis_name: AxisName | None = None,
-    out_axis_name: AxisName | None = None,
+def low_rank(layer: Any, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """(x A) B, of two unit-scaled products, times the layer's `output_scale`."""
+    x = scale_bwd(x, layer.output_scale)
+    y = linear(x, a, in_axis_name=layer.in_axis_name, **options_of(layer))
+    y = linear(y, b, out_axis_name=layer.out_axis_name, **options_of(layer))
+    return scale_fwd(y, layer.output_scale)
+
+
+def bias_of_batch(bias: jax.Array, free: int, batch_axes: int) -> jax.Array:
+    """A bias [*batch, *out] as `linear` takes it, to be added to [*batch, *free, *out],
+    of which `free` axes are in between."""
+    batch, out = bias.shape[:batch_axes], bias.shape[batch_axes:]
+    return bias.reshape(*batch, *free * (1,), *out) if batch_axes else bias
+
+
+def broadcast_bias(
+    bias: jax.Array, whole: tuple[int, ...], broadcast: Sequence[int]
 ) -> jax.Array:
-    """(x A) B, of two unit-scaled products."""
-    y = linear(x, a, in_axis_name=in_axis_name, **options_of(layer))
-    return linear(y, b, out_axis_name=out_axis_name, **options_of(layer))
+    """A bias of shape `whole`, or a piece of it, with the ones that `broadcast` has."""
+    if bias.shape != whole:
+        pairs = zip(bias.shape, whole, strict=True)
+        sizes = iter([n for n, of in pairs if of != 1])
+        broadcast = [1 if n == 1 else next(sizes) for n in broadcast]
+    return bias.reshape(broadcast)
 
 
 def apply_conv(
@@ -80,16 +92,22 @@ def apply_conv(
     inputs: jax.Array,
     kernel: jax.Array,
     bias: jax.Array | None,
+    *,
+    product: Callable[..., jax.Array],
     **more: Any,
 ) -> jax.Array:
-    """One call into ops, with the options of a convolution's layer."""
+    """One call into ops, with the options of a convolution's layer.
+
+    `product` computes the plain convolution.
+    """
     return op(
-        inputs,
+        scale_bwd(inputs, layer.output_scale),
         kernel,
         bias,
         strides=layer.strides,
         padding=layer.padding,
         kernel_dilation=layer.kernel_dilation,
+        conv_general_dilated=with_factor(product, layer.output_scale),
         precision=layer.precision,
         **options_of(layer),
         **more,

@@ -1,5 +1,6 @@
 """What norms of both families do once their parameters are there."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..op import AxisName, axis_size
+from ..ops.normalization import rms_norm
 from ..scale import scaled
 
 
@@ -52,6 +54,19 @@ def instance_axes(x: jax.Array, feature_axes: int | Sequence[int]) -> tuple[int,
             f"{feature_axes} for an input of shape {x.shape}."
         )
     return tuple(a for a in range(1, x.ndim) if a not in features)
+
+
+def normalised_weight(
+    kernel: jax.Array, scale: jax.Array | None, features: Sequence[int], epsilon: float
+) -> jax.Array:
+    """scale * v / rms(v) for each feature, along the axes `features`."""
+    axes = tuple(a for a in range(kernel.ndim) if a not in features)
+    if scale is not None:
+        shape = [n if a in features else 1 for a, n in enumerate(kernel.shape)]
+        scale = scale.reshape(shape)
+    # Flax adds epsilon to a sum of so many squares, of which this is the mean.
+    terms = math.prod(kernel.shape[a] for a in axes)
+    return rms_norm(kernel, scale, axis=axes, epsilon=epsilon / terms)
 
 
 def scaled_affine(

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from ..moments import moments
 from ..ops.activation import tanh, unit_scaled
 from ..ops.arithmetic import weighted_add
 from ..ops.recurrent import gated, gated_carry
-from ..scale import scale_bwd
+from ..scale import scale_bwd, scaled
 
 Fn = Callable[..., Any]
 Pair = tuple[jax.Array, jax.Array]
@@ -45,10 +46,11 @@ def lstm_step(
     *,
     gate_fn: Fn,
     activation_fn: Fn,
+    forget_bias: float = 0.0,
 ) -> tuple[Pair, jax.Array]:
     """The carry (c', h') and h', from c and the pre-activations of the four gates."""
     activation = unit_scaled(activation_fn)
-    c = gated_carry(c, activation(g), f, i, gate_fn=gate_fn)
+    c = gated_carry(c, activation(g), f, i, gate_fn=gate_fn, bias=forget_bias)
     h = gated(activation(c), o, gate_fn=gate_fn)
     return (c, h), h
 
@@ -66,6 +68,48 @@ def gru_step(
     reset = gated(n[1], weighted_add(*r), gate_fn=gate_fn)
     candidate = unit_scaled(activation_fn)(weighted_add(n[0], reset))
     return gated_carry(h, candidate, weighted_add(*z), gate_fn=gate_fn)
+
+
+def mgu_step(
+    h: jax.Array,
+    f: Pair,
+    n: Pair,
+    *,
+    gate_fn: Fn,
+    activation_fn: Fn,
+    reset_gate: bool,
+    forget_bias: float,
+) -> jax.Array:
+    """h' from h and the products of (input, h) for forget gate and candidate.
+
+    `forget_bias` is what the first of `f` starts around, in place of zero.
+    """
+    mean = forget_bias * 2**-0.5  # its share in a sum of two
+    keep = weighted_add(*f) - mean
+    reset = gated(n[1], keep, gate_fn=gate_fn, bias=mean) if reset_gate else n[1]
+    candidate = unit_scaled(activation_fn)(weighted_add(n[0], reset))
+    if reset_gate:  # one gate for both: little is written of what is not reset
+        gate: dict[str, Any] = {"gate_fn": gate_fn, "bias": mean}
+        alone, both = (moments(f, **gate).rms for f in (_written, _written_after_reset))
+        candidate = scaled(candidate, fwd=alone / both, bwd=alone / both)
+    return gated_carry(h, candidate, keep, gate_fn=gate_fn, bias=mean)
+
+
+def _written(z: jax.Array, *, gate_fn: Fn, bias: float) -> jax.Array:
+    """The share 1 - f of a candidate of scale one."""
+    return 1 - gate_fn(z + bias)
+
+
+def _written_after_reset(z: jax.Array, *, gate_fn: Fn, bias: float) -> jax.Array:
+    """The same of one whose pre-activation is n_0 + c f n_1, over sqrt(2), as if the
+    activation were linear; c as in `gated`."""
+    f = gate_fn(z + bias)
+    c = 1 / moments(_gate_alone, gate_fn=gate_fn, bias=bias).rms
+    return (1 - f) * jnp.sqrt((1 + (c * f) ** 2) / 2)
+
+
+def _gate_alone(z: jax.Array, *, gate_fn: Fn, bias: float) -> jax.Array:
+    return gate_fn(z + bias)
 
 
 def highway_step(

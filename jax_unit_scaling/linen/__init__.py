@@ -1,9 +1,13 @@
 """Unit-scaled modules, drop-in for their `flax.linen` namesakes."""
 
+from ..layers.left_out import LEFT_OUT as LEFT_OUT
 from ..layers.transformer import (
     branch_norm as branch_norm,
     post_norm as post_norm,
     pre_norm as pre_norm,
+)
+from .activation import (
+    PReLU as PReLU,
 )
 from .conv import (
     Conv as Conv,
@@ -16,6 +20,7 @@ from .linear import (
     Einsum as Einsum,
     Embed as Embed,
     LoRA as LoRA,
+    LoRADense as LoRADense,
 )
 from .metadata import (
     Parameter as Parameter,
@@ -37,8 +42,11 @@ from .normalization import (
 )
 from .recurrent import (
     RNN as RNN,
+    Bidirectional as Bidirectional,
+    ConvLSTMCell as ConvLSTMCell,
     GRUCell as GRUCell,
     LSTMCell as LSTMCell,
+    MGUCell as MGUCell,
     OptimizedLSTMCell as OptimizedLSTMCell,
     RecurrentHighwayCell as RecurrentHighwayCell,
     SimpleCell as SimpleCell,
@@ -49,4 +57,8 @@ from .transformer import (
     MultiHeadDotProductAttention as MultiHeadDotProductAttention,
     TransformerBlock as TransformerBlock,
     TransformerStack as TransformerStack,
+)
+from .weight_norm import (
+    SpectralNorm as SpectralNorm,
+    WeightNorm as WeightNorm,
 )

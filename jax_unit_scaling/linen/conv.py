@@ -10,16 +10,17 @@ from jax import lax
 
 from ..layers.linear import apply_conv, mask_factor, masked
 from ..ops.conv import conv, conv_transpose
-from .linear import Scaled, unit_normal
+from .linear import ScaledOutput, unit_normal
 from .metadata import with_role
+from .names import named
 
 
-class Conv(nn.Conv, Scaled):
+class Conv(nn.Conv, ScaledOutput):
     """`flax.linen.Conv` with unit-normal weights, computed by `conv`.
 
-    Takes all arguments of its namesake and formats, constraint and batch_axis_name as
-    in `Dense`. A `mask` must be known while tracing: the masked weights are divided by
-    its rms, so that the scale does not depend on how many it leaves.
+    Takes all arguments of its namesake and formats, constraint, batch_axis_name and
+    output_scale as in `Dense`. A `mask` must be known while tracing: the masked weights
+    are divided by its rms, so that the scale does not depend on how many it leaves.
     """
 
     kernel_init: nn.initializers.Initializer = unit_normal
@@ -35,11 +36,11 @@ class Conv(nn.Conv, Scaled):
             shape,
             input_dilation=self.input_dilation,
             feature_group_count=self.feature_group_count,
-            conv_general_dilated=plain() or lax.conv_general_dilated,
+            product=plain() or lax.conv_general_dilated,
         )
 
 
-class ConvTranspose(nn.ConvTranspose, Scaled):
+class ConvTranspose(nn.ConvTranspose, ScaledOutput):
     """`flax.linen.ConvTranspose` with unit-normal weights, computed by
     `conv_transpose`.
 
@@ -56,6 +57,7 @@ class ConvTranspose(nn.ConvTranspose, Scaled):
             conv_transpose,
             inputs,
             shape[::-1] if self.transpose_kernel else shape,
+            product=lax.conv_general_dilated,
             transpose_kernel=self.transpose_kernel,
             preferred_element_type=self.preferred_element_type,
         )
@@ -81,4 +83,4 @@ def _apply(
         init = with_role(layer.bias_init, "bias")
         bias = layer.param("bias", init, (layer.features,), layer.param_dtype)
     promoted = layer.promote_dtype(inputs, kernel, bias, dtype=layer.dtype)
-    return apply_conv(layer, op, *promoted, **options)
+    return apply_conv(named(layer), op, *promoted, **options)

@@ -1,8 +1,9 @@
 """Linear layers and embeddings, drop-in for their `flax.linen` namesakes."""
 
+import dataclasses
 import functools as ft
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,21 @@ from jax import lax
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
-from ..layers.linear import apply_linear, low_rank, times
+from ..layers.embedding import attend, check_embedding, look_up
+from ..layers.linear import (
+    apply_linear,
+    bias_of_batch,
+    broadcast_bias,
+    low_rank,
+    options_of,
+    with_factor,
+)
 from ..op import AxisName
 from ..ops.contraction import einsum_fan_in, einsum_linear, linear, linear_readout
-from ..ops.embedding import embedding
 from ..parameters import Role
-from ..scale import scale_fwd
+from ..scale import check_factor
 from .metadata import with_role
+from .names import named, parameter
 
 # What unit scaling starts from: every weight has unit variance.
 unit_normal = nn.initializers.normal(1.0)
@@ -31,7 +40,8 @@ class Scaled(nn.Module, kw_only=True):
         formats: the number formats of its product, simulated.
         constraint: makes the output's and the input's factor agree.
         batch_axis_name: axes over which the batch is split, inside `shard_map`, `pmap`
-            or a `vmap` over examples.
+            or a `vmap` over examples. As all names of axes it has no effect in `init`,
+            which is called outside, with whole arrays.
     """
 
     formats: Formats | None = None
@@ -48,34 +58,52 @@ class ScaledOutput(Scaled, kw_only=True):
 
     output_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_factor("output_scale", self.output_scale)
+        super().__post_init__()
 
-class Dense(nn.Dense, ScaledOutput):
+
+class SplitOutput(ScaledOutput, kw_only=True):
+    """Attributes: those of `ScaledOutput`, and
+
+    in_axis_name, out_axis_name: axes over which the input and the output features are
+        split, inside `shard_map`: see `linear`. The sizes stay those of the whole; the
+        layer is initialised outside, and its parameters come in as pieces.
+    """
+
+    in_axis_name: AxisName | None = None
+    out_axis_name: AxisName | None = None
+
+
+class Dense(nn.Dense, SplitOutput):
     """`flax.linen.Dense` with unit-normal weights, computed by `linear`.
 
     Takes all arguments of its namesake (`dot_general` computes the plain product) and,
-    as keywords: formats, constraint, batch_axis_name, output_scale (`ScaledOutput`).
+    as keywords: formats, constraint, batch_axis_name, in_axis_name, out_axis_name,
+    output_scale (`SplitOutput`).
     """
 
     kernel_init: nn.initializers.Initializer = unit_normal
 
+    _op: ClassVar[Any] = staticmethod(linear)
+    _roles: ClassVar[tuple[Role, Role]] = ("weight", "bias")
+    _is_matrix: ClassVar[bool] = True  # which Muon turns as a whole
+
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        return self._apply(inputs, linear, "weight", "bias")
+        return self._apply(inputs)
 
-    def _apply(
-        self, inputs: jax.Array, op: Any, role: Role, bias_role: Role
-    ) -> jax.Array:
+    def _apply(self, inputs: jax.Array) -> jax.Array:
         shape = (inputs.shape[-1], self.features)
-        kernel = self.param(
-            "kernel", with_role(self.kernel_init, role, *shape), shape, self.param_dtype
-        )
+        role, bias_role = self._roles
+        init = with_role(self.kernel_init, role, *shape[: 1 + self._is_matrix])
+        kernel = parameter(self, "kernel", init, shape, self.param_dtype)
         bias = None
         if self.use_bias:
             init = with_role(self.bias_init, bias_role)
-            bias = self.param("bias", init, shape[1:], self.param_dtype)
-        return _promote_and_apply(self, ft.partial(op, dot_general=_product(self)))(
-            inputs, kernel, bias
-        )
+            bias = parameter(self, "bias", init, shape[1:], self.param_dtype)
+        op = ft.partial(self._op, dot_general=_product(self))
+        return _promote_and_apply(self, op)(inputs, kernel, bias)
 
 
 class DenseReadout(Dense, kw_only=True):
@@ -86,39 +114,50 @@ class DenseReadout(Dense, kw_only=True):
 
     constraint: Constraint | None = None
 
-    @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        return self._apply(inputs, linear_readout, "output", "output")
+    _op: ClassVar[Any] = staticmethod(linear_readout)
+    _roles: ClassVar[tuple[Role, Role]] = ("output", "output")
 
 
-class DenseGeneral(nn.DenseGeneral, ScaledOutput):
+class DenseGeneral(nn.DenseGeneral, SplitOutput):
     """`flax.linen.DenseGeneral` with unit-normal weights, computed by `linear`.
 
-    Takes the further arguments of `Dense`. `batch_dims` is not supported.
+    Takes the further arguments of `Dense`. Places along `batch_dims` have a kernel and
+    a bias of their own, of which the batch is what is left.
     """
 
     kernel_init: nn.initializers.Initializer = unit_normal
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        if self.batch_dims:
-            raise ValueError(
-                f"`batch_dims` must be (), got {self.batch_dims}: use `nn.vmap` over a "
-                "`DenseGeneral`."
-            )
-        features, axis = (
-            (n,) if isinstance(n, int) else tuple(n) for n in (self.features, self.axis)
+        features, axis, batch = (
+            (n,) if isinstance(n, int) else tuple(n)
+            for n in (self.features, self.axis, self.batch_dims)
         )
+        if {*batch} != {*range(len(batch))}:
+            raise ValueError(
+                f"`batch_dims` must be the leading axes 0, 1, .., got {batch}: move "
+                "them to the front."
+            )
         axis = tuple(sorted(a % inputs.ndim for a in axis))
+        places = tuple(inputs.shape[: len(batch)])
         d_in = tuple(inputs.shape[a] for a in axis)
         fans = math.prod(d_in), math.prod(features)
-        init = with_role(_flat(self.kernel_init, fans), "weight", *fans)
-        kernel = self.param("kernel", init, d_in + features, self.param_dtype)
+        count = math.prod(places)
+        init = with_role(
+            _flat(self.kernel_init, (count * fans[0], fans[1])), "weight", *fans
+        )
+        shape = places + d_in + features
+        kernel = parameter(self, "kernel", init, shape, self.param_dtype)
         bias = None
         if self.use_bias:
-            init = with_role(_flat(self.bias_init, fans[1:]), "bias")
-            bias = self.param("bias", init, features, self.param_dtype)
-        op = ft.partial(linear, axis=axis, dot_general=_product(self))
+            init = with_role(_flat(self.bias_init, (count * fans[1],)), "bias")
+            shape = places + features
+            bias = parameter(self, "bias", init, shape, self.param_dtype)
+            free = inputs.ndim - len(batch) - len(axis)
+            bias = bias_of_batch(bias, free, len(batch))
+        op = ft.partial(
+            linear, axis=axis, batch_axes=len(batch), dot_general=_product(self)
+        )
         return _promote_and_apply(self, op)(inputs, kernel, bias)
 
 
@@ -132,7 +171,7 @@ def _flat(init: Any, flat: tuple[int, ...]) -> Any:
     return reshaped
 
 
-class Einsum(nn.Einsum, ScaledOutput):
+class Einsum(nn.Einsum, SplitOutput):
     """`flax.linen.Einsum` with unit-normal weights, computed by `einsum_linear`.
 
     Takes the further arguments of `Dense`.
@@ -146,16 +185,16 @@ class Einsum(nn.Einsum, ScaledOutput):
         subscripts = subscripts.replace(" ", "")
         shape = tuple(self.shape)
         init = with_role(self.kernel_init, "weight", einsum_fan_in(subscripts, shape))
-        kernel = self.param("kernel", init, shape, self.param_dtype)
-        bias, broadcast = None, ()
+        kernel = parameter(self, "kernel", init, shape, self.param_dtype)
+        bias = None
         if self.use_bias:
-            bias_shape, broadcast = self._get_bias_shape(subscripts, inputs, kernel)
+            whole, broadcast = self._get_bias_shape(subscripts, inputs, kernel)
             init = with_role(self.bias_init, "bias")
-            bias = self.param("bias", init, tuple(bias_shape), self.param_dtype)
-        product = times(jnp.einsum, self.output_scale)
+            bias = parameter(self, "bias", init, tuple(whole), self.param_dtype)
+            bias = broadcast_bias(bias, tuple(whole), broadcast)
+        product = with_factor(jnp.einsum, self.output_scale)
 
         def op(x: Any, kernel: Any, bias: Any, **options: Any) -> jax.Array:
-            bias = None if bias is None else bias.reshape(broadcast)
             return einsum_linear(subscripts, x, kernel, bias, einsum=product, **options)
 
         return _promote_and_apply(
@@ -165,7 +204,7 @@ class Einsum(nn.Einsum, ScaledOutput):
 
 def _product(layer: Any) -> Any:
     plain = layer.dot_general_cls() if layer.dot_general_cls else layer.dot_general
-    return times(plain or lax.dot_general, layer.output_scale)
+    return with_factor(plain or lax.dot_general, layer.output_scale)
 
 
 def _promote_and_apply(layer: Any, op: Any, **more: Any) -> Any:
@@ -173,7 +212,14 @@ def _promote_and_apply(layer: Any, op: Any, **more: Any) -> Any:
 
     def applied(*arrays: Any) -> jax.Array:
         promoted = layer.promote_dtype(*arrays, dtype=layer.dtype)
-        return apply_linear(layer, op, *promoted, **more)
+        return apply_linear(
+            at := named(layer),
+            op,
+            *promoted,
+            in_axis_name=at.in_axis_name,
+            out_axis_name=at.out_axis_name,
+            **more,
+        )
 
     return applied
 
@@ -181,17 +227,43 @@ def _promote_and_apply(layer: Any, op: Any, **more: Any) -> Any:
 class Embed(nn.Embed):
     """`flax.linen.Embed` with a unit-normal table, computed by `embedding`.
 
-    `attend` is refused: its gradient and the look-up's would meet in one table with
-    different factors. Use a `DenseReadout` for the logits. `batch_axis_name` and
-    `output_scale`: as in `Dense`.
+    `batch_axis_name` and `output_scale`: as in `Dense`. And, as keywords,
+
+        tied: the positions of a (global) batch, which allows `attend`.
+        logits_scale: multiplies what `attend` gives, as `output_scale` the look-up.
+        vocabulary_axis_name: axes over which the rows of the table are split, inside
+            `shard_map`: see `embedding`. The logits of `attend` are then split by
+            class, as `cross_entropy` takes them with `class_axis_name`.
+
+    Factors, with s = `output_scale`: s forward and (vocabulary / ids)^1/2 for the
+    table. Of a tied one, with r = `logits_scale` / features:
+
+        look-up   s forward, f s for the table
+        attend    r forward and for the query, f r = (positions (1 + s^2))^-1/2 for the
+                  table,
+
+    so that both gradients are true up to the same constant f and their sum has unit
+    scale (derived in `layers/embedding.py`). Without `tied` the table has `embedding`'s
+    own factor, and `attend` is refused: a `DenseReadout` gives the query, and all that
+    is before it, cotangents of unit scale.
     """
 
     embedding_init: nn.initializers.Initializer = unit_normal
     batch_axis_name: AxisName | None = None
     output_scale: float = 1.0
+    vocabulary_axis_name: AxisName | None = dataclasses.field(
+        default=None, kw_only=True
+    )
+    tied: int | None = dataclasses.field(default=None, kw_only=True)
+    logits_scale: float = dataclasses.field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_embedding(self)
+        super().__post_init__()
 
     def setup(self) -> None:
-        self.embedding = self.param(
+        self.embedding = parameter(
+            self,
             "embedding",
             with_role(self.embedding_init, "weight", self.features),
             (self.num_embeddings, self.features),
@@ -201,17 +273,19 @@ class Embed(nn.Embed):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         table: Any
         (table,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
-        y = embedding(table, inputs, batch_axis_name=self.batch_axis_name)
-        return scale_fwd(y, self.output_scale)
+        return look_up(named(self), table, inputs)
 
     def attend(self, query: jax.Array) -> jax.Array:
-        raise NotImplementedError(
-            "a tied table sums the gradients of look-up and readout, whose factors "
-            "differ; use a `DenseReadout` of its own."
-        )
+        """The logits [..., vocabulary] of a query [..., features], with a tied table.
+
+        Raises:
+            ValueError: without `tied`.
+        """
+        promoted: Any = self.promote_dtype(query, self.embedding, dtype=self.dtype)
+        return attend(named(self), *promoted)
 
 
-class LoRA(Scaled):
+class LoRA(SplitOutput):
     """A low-rank adapter of two unit-scaled products: base(x) + (x A) B.
 
     A is unit-normal, and B zero: so the sum starts as the base, B's gradient at unit
@@ -224,6 +298,8 @@ class LoRA(Scaled):
         dtype, param_dtype: as in `Dense`.
         a_initializer, b_initializer: of A [in, rank] and B [rank, features].
         formats, constraint, batch_axis_name: as in `Dense`.
+        in_axis_name, out_axis_name: as in `Dense`, of A and of B.
+        output_scale: as in `Dense`, of (x A) B alone.
     """
 
     lora_rank: int
@@ -239,12 +315,46 @@ class LoRA(Scaled):
     def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
         def kernel(name: str, init: Any, *shape: int) -> Any:
             init = with_role(init, "weight", shape[0])
-            return self.param(name, init, shape, self.param_dtype)
+            return parameter(self, name, init, shape, self.param_dtype)
 
         a = kernel("lora_a", self.a_initializer, x.shape[-1], self.lora_rank)
         b = kernel("lora_b", self.b_initializer, self.lora_rank, self.features)
-        y = low_rank(self, *self.promote_dtype(x, a, b, dtype=self.dtype))
+        y = low_rank(named(self), *self.promote_dtype(x, a, b, dtype=self.dtype))
         return y if self.base_module is None else y + self.base_module(x, **kwargs)
+
+
+class LoRADense(Dense, kw_only=True):
+    """A `Dense` with a `LoRA` beside it, as `flax.nnx.LoRALinear` is in NNX.
+
+    Attributes: those of `Dense`, of which formats, constraint and the names of axes
+    concern both, and
+
+    lora_rank: the rank.
+    lora_dtype, lora_param_dtype, lora_promote_dtype: the adapter's own.
+    a_initializer, b_initializer: as in `LoRA`.
+    """
+
+    lora_rank: int
+    lora_dtype: Any = None
+    lora_param_dtype: Any = jnp.float32
+    lora_promote_dtype: Any = nn.dtypes.promote_dtype
+    a_initializer: nn.initializers.Initializer = unit_normal
+    b_initializer: nn.initializers.Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        names = ("in_axis_name", "out_axis_name", "a_initializer", "b_initializer")
+        adapter = LoRA(
+            self.lora_rank,
+            self.features,
+            dtype=self.lora_dtype,
+            param_dtype=self.lora_param_dtype,
+            promote_dtype=self.lora_promote_dtype,
+            name="lora",
+            **fields_of(self, *names),
+            **options_of(self),
+        )
+        return self._apply(inputs) + adapter(inputs)
 
 
 def fields_of(module: nn.Module, *names: str) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from flax import linen as nn
 
 from ..layers.linear import options_of
 from ..layers.transformer import feed_forward
+from ..op import AxisName
 from ..ops.activation import silu_glu
 from ..ops.contraction import ragged_dot
 from ..ops.moe import RouterLosses, mixture_of_experts
 from .linear import Dense, Scaled, fields_of, unit_normal
 from .metadata import with_role
+from .names import named, parameter
 
 
 class ExpertDense(Scaled):
@@ -30,19 +32,27 @@ class ExpertDense(Scaled):
     precision: Any = None
     kernel_init: nn.initializers.Initializer = unit_normal
     promote_dtype: Any = nn.dtypes.promote_dtype
+    in_axis_name: AxisName | None = None
+    out_axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
         d_in = rows.shape[-1]
-        kernel = self.param(
+        kernel = parameter(
+            self,
             "kernel",
             with_role(self.kernel_init, "weight", d_in),
             (self.num_experts, d_in, self.features),
             self.param_dtype,
         )
         rows, kernel = self.promote_dtype(rows, kernel, dtype=self.dtype)
+        names = ("precision", "in_axis_name", "out_axis_name")
         return ragged_dot(
-            rows, kernel, group_sizes, precision=self.precision, **options_of(self)
+            rows,
+            kernel,
+            group_sizes,
+            **fields_of(named(self), *names),
+            **options_of(named(self)),
         )
 
 
@@ -62,7 +72,7 @@ class MoE(Scaled):
         num_experts: how many experts there are.
         num_selected: how many a token goes to.
         mult: multiplies the router's logits.
-        activation, gated: as in `MLP`.
+        activation, gated, model_axis_name: as in `MLP`, of every expert.
         formats, constraint, batch_axis_name and the rest: as in `Dense`.
 
     Reference: Mixtral (Jiang et al., 2024), for the function; `mixture_of_experts` for
@@ -75,6 +85,7 @@ class MoE(Scaled):
     mult: float = 1.0
     activation: Callable[..., jax.Array] = silu_glu
     gated: bool = True
+    model_axis_name: AxisName | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
@@ -86,7 +97,7 @@ class MoE(Scaled):
             self._route,
             self._apply_experts,
             inputs,
-            batch_axis_name=self.batch_axis_name,
+            batch_axis_name=named(self).batch_axis_name,
             **fields_of(self, "num_experts", "num_selected", "mult"),
         )
 
@@ -103,10 +114,13 @@ class MoE(Scaled):
 
     def _apply_experts(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
         def expert(name: str, features: int) -> Callable[[jax.Array], jax.Array]:
+            side = "in_axis_name" if name == "down" else "out_axis_name"
+            split: dict[str, Any] = {side: self.model_axis_name}
             layer = ExpertDense(
                 self.num_experts,
                 features,
                 name=name,
+                **split,
                 **fields_of(self, "dtype", "param_dtype", "precision", "kernel_init"),
                 **options_of(self),
             )

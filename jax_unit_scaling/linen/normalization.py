@@ -19,6 +19,7 @@ from ..ops.dropout import dropout
 from ..ops.normalization import group_norm, layer_norm, rms_norm
 from ..parameters import Role
 from .metadata import mapped, with_role
+from .names import named
 
 
 class LayerNorm(nn.LayerNorm):
@@ -97,7 +98,9 @@ def _apply(
 
     names = [name for name in roles if hasattr(norm, f"use_{name}")]
     x, *affine = promote_dtype(x, *map(parameter, names), dtype=norm.dtype)
-    return apply_norm(norm, op, x, mask, *affine, feature_axes=feature_axes, **options)
+    return apply_norm(
+        named(norm), op, x, mask, *affine, feature_axes=feature_axes, **options
+    )
 
 
 class BatchNorm(nn.BatchNorm):
@@ -123,7 +126,7 @@ class BatchNorm(nn.BatchNorm):
 
         def with_factors(params: Any) -> Any:
             leaves, structure = jax.tree.flatten(params)
-            scaled = scaled_affine(leaves, x, features, self.batch_axis_name)
+            scaled = scaled_affine(leaves, x, features, named(self).batch_axis_name)
             return jax.tree.unflatten(structure, scaled)
 
         plain = mapped(nn.BatchNorm.__call__, with_factors)

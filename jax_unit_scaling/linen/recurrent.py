@@ -1,6 +1,7 @@
 """Recurrent cells and their loop, drop-in for their `flax.linen` namesakes."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +15,35 @@ from ..layers.recurrent import (
     gru_step,
     highway_step,
     lstm_step,
+    mgu_step,
     simple_step,
 )
 from ..ops.arithmetic import weighted_add
 from ..ops.contraction import linear
+from .conv import Conv
 from .linear import Dense, Scaled, fields_of, unit_normal
 from .metadata import mapped, with_role
+from .names import named
+
+
+class _Gates(Dense):
+    """`Dense` of a cell. NNX joins a cell's gates in one kernel, which is no matrix to
+    turn; so neither is one of them here."""
+
+    _is_matrix: ClassVar[bool] = False
 
 
 class _Cell(Scaled):
     """The layers of a cell; its namesake, next in line, has the fields they need."""
 
-    def _layer(self: Any, name: str, use_bias: bool) -> Dense:
+    def _layer(self: Any, name: str, use_bias: bool, bias_init: Any = None) -> Dense:
         """From the input, a name that begins with `i`, or else from the carry."""
         kernel_init = self.kernel_init if name[0] == "i" else self.recurrent_kernel_init
-        return Dense(
+        return _Gates(
             self.features,
             use_bias,
             kernel_init=kernel_init,
-            bias_init=self.bias_init,
+            bias_init=bias_init or self.bias_init,
             name=name,
             **fields_of(self, "dtype", "param_dtype"),
             **options_of(self),
@@ -111,7 +122,7 @@ class OptimizedLSTMCell(nn.OptimizedLSTMCell, _Cell):
                 self.features,
                 use_bias,
                 self.param_dtype,
-                kernel_init=with_role(init, "weight", x.shape[-1], self.features),
+                kernel_init=with_role(init, "weight", x.shape[-1]),
                 bias_init=with_role(self.bias_init, "bias"),
                 name=source + gate,
             )(x)
@@ -120,7 +131,7 @@ class OptimizedLSTMCell(nn.OptimizedLSTMCell, _Cell):
         kernel = jnp.concatenate([kernel for kernel, _ in parts], axis=-1)
         bias = jnp.concatenate([b for _, b in parts], axis=-1) if use_bias else None
         promoted = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return linear(*promoted, **options_of(self))
+        return linear(*promoted, **options_of(named(self)))
 
 
 class GRUCell(nn.GRUCell, _Cell):
@@ -142,6 +153,59 @@ class GRUCell(nn.GRUCell, _Cell):
             carry, *pairs, gate_fn=self.gate_fn, activation_fn=self.activation_fn
         )
         return h, h
+
+
+class MGUCell(nn.MGUCell, _Cell):
+    """`flax.linen.MGUCell` with unit scale: see `SimpleCell`.
+
+    `forget_bias` is the number that `forget_bias_init` gives, which the factors depend
+    on: a gate that starts on the side of keeping writes less.
+    """
+
+    kernel_init: nn.initializers.Initializer = unit_normal
+    recurrent_kernel_init: nn.initializers.Initializer = unit_normal
+    forget_bias: float = dataclasses.field(default=1.0, kw_only=True)
+
+    @nn.compact
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> Pair:
+        zero = self.activation_bias_init
+        h = mgu_step(
+            carry,
+            (
+                self._layer("if", True, self.forget_bias_init)(inputs),
+                self._layer("hf", False, zero)(carry),
+            ),
+            (
+                self._layer("in", True, zero)(inputs),
+                self._layer("hn", self.reset_gate, zero)(carry),
+            ),
+            **fields_of(self, "gate_fn", "activation_fn", "reset_gate", "forget_bias"),
+        )
+        return h, h
+
+
+class ConvLSTMCell(nn.ConvLSTMCell, Scaled):
+    """`flax.linen.ConvLSTMCell` with unit scale: see `SimpleCell`."""
+
+    @nn.compact
+    def __call__(self, carry: Pair, inputs: jax.Array) -> tuple[Pair, jax.Array]:
+        names = ("strides", "padding", "use_bias", "dtype", "param_dtype")
+
+        def layer(name: str) -> Conv:
+            return Conv(
+                4 * self.features,
+                self.kernel_size,
+                name=name,
+                **fields_of(self, *names),
+                **options_of(self),
+            )
+
+        c, h = carry
+        gates = weighted_add(layer("ih")(inputs), layer("hh")(h))
+        i, g, f, o = jnp.split(gates, 4, axis=-1)
+        return lstm_step(
+            c, i, f, g, o, gate_fn=nn.sigmoid, activation_fn=nn.tanh, forget_bias=1.0
+        )
 
 
 class RecurrentHighwayCell(nn.RNNCellBase, Scaled):
@@ -172,7 +236,7 @@ class RecurrentHighwayCell(nn.RNNCellBase, Scaled):
     @nn.compact
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> Pair:
         names = ("use_bias", "dtype", "param_dtype", "kernel_init", "bias_init")
-        dense = Dense(
+        dense = _Gates(
             2 * self.features,
             name="dense",
             **fields_of(self, *names),
@@ -201,3 +265,13 @@ class RNN(nn.RNN):
         steps = inputs.shape[axis]
         loop = mapped(nn.RNN.__call__, lambda params: each_step(params, steps))
         return loop(self, inputs, time_major=time_major, **namesake)
+
+
+class Bidirectional(nn.Bidirectional):
+    """`flax.linen.Bidirectional` of two `RNN`s of unit-scaled cells.
+
+    Factors: 1 throughout. Both halves of the output have unit scale; so has what a
+    `merge_fn` makes of them if it keeps the scale, as concatenation and `weighted_add`
+    do and `jnp.add` does not. The two cotangents of the input add up to sqrt(2), which
+    a constraint would have the output pay for.
+    """

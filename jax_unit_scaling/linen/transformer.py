@@ -18,6 +18,7 @@ from ..layers.transformer import (
     feed_forward,
     pre_norm,
 )
+from ..op import AxisName, axis_names
 from ..ops.activation import silu_glu
 from .linear import Dense, DenseGeneral, Scaled, fields_of, unit_normal
 from .metadata import at_depth
@@ -39,6 +40,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Scaled):
             the model also sees other lengths; without it a call's own counts, and in
             decoding the cache's.
         is_causal: whether a position sees only those up to its own.
+        model_axis_name: axes over which the heads are split, inside `shard_map`.
         formats, constraint, batch_axis_name: as in `Dense`.
 
     Its softmax is in float32 at least, whatever `force_fp32_for_softmax` says, and
@@ -54,6 +56,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Scaled):
     local_window_size: int | tuple[int, int] | None = None
     length: int | None = None
     is_causal: bool = False
+    model_axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(
@@ -112,7 +115,10 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Scaled):
                 LayerNorm(
                     name=name,
                     use_bias=False,
-                    **fields_of(self, "dtype", "param_dtype", "batch_axis_name"),
+                    # Its gain is shared by the heads, which are part of its batch.
+                    batch_axis_name=axis_names(self.batch_axis_name)
+                    + axis_names(self.model_axis_name),
+                    **fields_of(self, "dtype", "param_dtype"),
                 )(x)
                 for name, x in (("query_ln", query), ("key_ln", key))
             )
@@ -120,6 +126,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Scaled):
 
     def _dense(self, name: str, features: Any, **more: Any) -> DenseGeneral:
         kind = "out" if name == "out" else "qkv"
+        side = "in_axis_name" if name == "out" else "out_axis_name"
+        split: dict[str, Any] = {side: self.model_axis_name}
         names = ("use_bias", "dtype", "param_dtype", "precision")
         inits = fields_of(self, "kernel_init", "bias_init")
         return DenseGeneral(
@@ -127,6 +135,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Scaled):
             name=name,
             dot_general=getattr(self, f"{kind}_dot_general"),
             dot_general_cls=getattr(self, f"{kind}_dot_general_cls"),
+            **split,
             **fields_of(self, *names),
             **inits | more,
             **options_of(self),
@@ -219,12 +228,15 @@ class MLP(Scaled):
         hidden_features: the size between.
         activation: a unit-scaled function of two arrays if `gated`, else of one.
         gated: whether there is a gate.
+        model_axis_name: axes over which the hidden features are split, inside
+            `shard_map`.
         formats, constraint, batch_axis_name and the rest: as in `Dense`.
     """
 
     hidden_features: int
     activation: Callable[..., jax.Array] = silu_glu
     gated: bool = True
+    model_axis_name: AxisName | None = None
     use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -238,9 +250,12 @@ class MLP(Scaled):
         inits = ("kernel_init", "bias_init")
 
         def layer(name: str, features: int) -> Dense:
+            side = "in_axis_name" if name == "down" else "out_axis_name"
+            split: dict[str, Any] = {side: self.model_axis_name}
             return Dense(
                 features,
                 name=name,
+                **split,
                 **fields_of(self, *names, *inits),
                 **options_of(self),
             )
@@ -278,6 +293,9 @@ class TransformerBlock(Scaled):
         deterministic: whether nothing is; a call's own goes first.
         use_bias, dtype, param_dtype, kernel_init, formats, constraint,
             batch_axis_name: of all its layers.
+        model_axis_name: axes over which attention's heads and the MLP's hidden features
+            are split, inside `shard_map`. Elsewhere every device holds all features:
+            there is one `psum` at the end of each branch.
 
     Reference: u-muP (Blake et al., 2024), appendix G.
     """
@@ -302,6 +320,7 @@ class TransformerBlock(Scaled):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer = unit_normal
+    model_axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(
@@ -330,7 +349,7 @@ def _block(
     norm = ft.partial(
         block.norm, **fields_of(block, "dtype", "param_dtype", "batch_axis_name")
     )
-    names = ("use_bias", "dtype", "param_dtype", "kernel_init")
+    names = ("use_bias", "dtype", "param_dtype", "kernel_init", "model_axis_name")
     shared = fields_of(block, *names) | options_of(block)
     attention = block.attention(
         block.num_heads,

@@ -1,5 +1,6 @@
 """Unit-scaled modules, drop-in for their `flax.nnx` namesakes."""
 
+from ..layers.left_out import LEFT_OUT as LEFT_OUT
 from ..layers.transformer import (
     branch_norm as branch_norm,
     post_norm as post_norm,

@@ -8,17 +8,13 @@ import jax
 from flax import nnx
 from jax import lax
 
-from ..constraints import Constraint, to_output_scale
-from ..formats import Formats
-from ..layers.linear import apply_conv, mask_factor, masked, times
-from ..op import AxisName
+from ..layers.linear import apply_conv, mask_factor, masked
 from ..ops.conv import conv, conv_transpose
 from ..parameters import role_metadata
-from ..scale import scale_bwd
-from .linear import unit_normal
+from .linear import ScaledProduct, unit_normal
 
 
-class _UnitScaled(nnx.Module):
+class _Conv(ScaledProduct):
     """What both layers add to their namesake: construction, mask and promotion."""
 
     def __init__(
@@ -30,17 +26,13 @@ class _UnitScaled(nnx.Module):
         kernel_init: nnx.Initializer = unit_normal,
         kernel_metadata: Any = None,
         bias_metadata: Any = None,
-        formats: Formats | None = None,
-        constraint: Constraint | None = to_output_scale,
-        batch_axis_name: AxisName | None = None,
-        output_scale: float = 1.0,
         rngs: nnx.Rngs,
-        **namesake: Any,
+        **more: Any,
     ):
         window = (kernel_size,) if isinstance(kernel_size, int) else kernel_size
-        groups = namesake.get("feature_group_count", 1)
+        groups = more.get("feature_group_count", 1)
         role = role_metadata("weight", math.prod(window) * in_features // groups)
-        super().__init__(  # type: ignore[call-arg]
+        super().__init__(
             in_features,
             out_features,
             kernel_size,
@@ -49,20 +41,14 @@ class _UnitScaled(nnx.Module):
             kernel_metadata=role | dict(kernel_metadata or {}),
             bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
             rngs=rngs,
-            **namesake,
+            **more,
         )
         self.mask_factor = _mask_factor(self)
-        self.formats = formats
-        self.constraint = constraint
-        self.batch_axis_name = batch_axis_name
-        self.output_scale = output_scale
 
     def _apply(
         self: Any,
         op: Callable[..., jax.Array],
         inputs: jax.Array,
-        *,
-        product: Callable[..., jax.Array],
         **options: Any,
     ) -> jax.Array:
         kernel = masked(self.kernel[...], self.mask, self.mask_factor)
@@ -73,22 +59,21 @@ class _UnitScaled(nnx.Module):
         return apply_conv(
             self,
             op,
-            scale_bwd(inputs, self.output_scale),
+            inputs,
             kernel,
             bias,
-            conv_general_dilated=times(product, self.output_scale),
             preferred_element_type=self.preferred_element_type,
             **options,
         )
 
 
-class Conv(_UnitScaled, nnx.Conv):
+class Conv(_Conv, nnx.Conv):
     """`flax.nnx.Conv` with unit-normal weights, computed by `conv`.
 
     Takes all arguments of its namesake and formats, constraint, batch_axis_name and
-    output_scale, as in `Linear`. A `mask` must
-    be known when the module is built: the masked weights are divided by its rms, so
-    that the scale does not depend on how many it leaves.
+    output_scale, as in `Linear`. A `mask` must be known when the module is built: the
+    masked weights are divided by its rms, so that the scale does not depend on how many
+    it leaves.
     """
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
@@ -102,7 +87,7 @@ class Conv(_UnitScaled, nnx.Conv):
         )
 
 
-class ConvTranspose(_UnitScaled, nnx.ConvTranspose):
+class ConvTranspose(_Conv, nnx.ConvTranspose):
     """`flax.nnx.ConvTranspose` with unit-normal weights, computed by `conv_transpose`.
 
     Takes all arguments of its namesake and the further ones of `Conv`.

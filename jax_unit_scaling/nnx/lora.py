@@ -5,18 +5,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ..constraints import Constraint, to_output_scale
-from ..formats import Formats
 from ..layers.linear import low_rank
-from ..op import AxisName
 from ..parameters import role_metadata
-from ..scale import scale_bwd, scale_fwd
-from .linear import Linear, unit_normal
+from .linear import Linear, SplitProduct, unit_normal
 
 zeros = nnx.initializers.zeros_init()
 
 
-class LoRA(nnx.LoRA):
+class LoRA(SplitProduct, nnx.LoRA):
     """`flax.nnx.LoRA` of two unit-scaled products: base(x) + (x A) B.
 
     A is unit-normal, and B zero: so the sum starts as the base, B's gradient at unit
@@ -36,14 +32,8 @@ class LoRA(nnx.LoRA):
         a_initializer: nnx.Initializer = unit_normal,
         a_metadata: Any = None,
         b_metadata: Any = None,
-        formats: Formats | None = None,
-        constraint: Constraint | None = to_output_scale,
-        batch_axis_name: AxisName | None = None,
-        in_axis_name: AxisName | None = None,
-        out_axis_name: AxisName | None = None,
-        output_scale: float = 1.0,
         rngs: nnx.Rngs,
-        **namesake: Any,
+        **more: Any,
     ):
         if not (base_module is None or callable(base_module)):
             raise ValueError(
@@ -58,28 +48,14 @@ class LoRA(nnx.LoRA):
             a_metadata=role_metadata("weight", in_features) | dict(a_metadata or {}),
             b_metadata=role_metadata("weight", lora_rank) | dict(b_metadata or {}),
             rngs=rngs,
-            **namesake,
+            **more,
         )
-        self.formats = formats
-        self.constraint = constraint
-        self.batch_axis_name = batch_axis_name
-        self.in_axis_name = in_axis_name
-        self.out_axis_name = out_axis_name
-        self.output_scale = output_scale
 
     def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
         arrays = self.promote_dtype(
             (x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype
         )
-        y, *kernels = arrays
-        y = low_rank(
-            self,
-            scale_bwd(y, self.output_scale),
-            *kernels,
-            in_axis_name=self.in_axis_name,
-            out_axis_name=self.out_axis_name,
-        )
-        y = scale_fwd(y, self.output_scale)
+        y = low_rank(self, *arrays)
         return y if self.base_module is None else y + self.base_module(x, **kwargs)
 
 

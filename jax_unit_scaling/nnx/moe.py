@@ -1,5 +1,6 @@
 """A mixture-of-experts feed-forward layer."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
+from ..layers.linear import options_of
 from ..layers.transformer import feed_forward
 from ..op import AxisName
 from ..ops.activation import silu_glu
@@ -42,6 +44,8 @@ class ExpertLinear(nnx.Module):
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
+        in_axis_name: AxisName | None = None,
+        out_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
     ):
         shape = (num_experts, in_features, out_features)
@@ -56,6 +60,8 @@ class ExpertLinear(nnx.Module):
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
+        self.in_axis_name = in_axis_name
+        self.out_axis_name = out_axis_name
 
     def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
         rows, kernel = self.promote_dtype((rows, self.kernel[...]), dtype=self.dtype)
@@ -65,9 +71,9 @@ class ExpertLinear(nnx.Module):
             group_sizes,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
-            formats=self.formats,
-            constraint=self.constraint,
-            batch_axis_name=self.batch_axis_name,
+            in_axis_name=self.in_axis_name,
+            out_axis_name=self.out_axis_name,
+            **options_of(self),
         )
 
 
@@ -88,7 +94,7 @@ class MoE(nnx.Module):
         num_experts: how many experts there are.
         num_selected: how many a token goes to.
         mult: multiplies the router's logits.
-        activation, gated: as in `MLP`.
+        activation, gated, model_axis_name: as in `MLP`, of every expert.
         formats, constraint, batch_axis_name and the rest: as in `Linear`.
 
     Reference: Mixtral (Jiang et al., 2024), for the function; `mixture_of_experts` for
@@ -106,6 +112,7 @@ class MoE(nnx.Module):
         activation: Callable[..., jax.Array] = silu_glu,
         gated: bool = True,
         batch_axis_name: AxisName | None = None,
+        model_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
         **linear: Any,
     ):
@@ -119,12 +126,15 @@ class MoE(nnx.Module):
             **{name: linear[name] for name in shared & linear.keys()},
         )
 
-        def layer(d_in: int, d_out: int) -> ExpertLinear:
-            return ExpertLinear(num_experts, d_in, d_out, rngs=rngs, **linear)
+        def layer(d_in: int, d_out: int, **split: Any) -> ExpertLinear:
+            return ExpertLinear(num_experts, d_in, d_out, rngs=rngs, **split, **linear)
 
-        self.up = layer(in_features, hidden_features)
-        self.gate = layer(in_features, hidden_features) if gated else nnx.data(None)
-        self.down = layer(hidden_features, in_features)
+        up = ft.partial(
+            layer, in_features, hidden_features, out_axis_name=model_axis_name
+        )
+        self.up = up()
+        self.gate = up() if gated else nnx.data(None)
+        self.down = layer(hidden_features, in_features, in_axis_name=model_axis_name)
         self.num_experts = num_experts
         self.num_selected = num_selected
         self.mult = mult

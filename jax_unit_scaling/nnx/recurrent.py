@@ -170,6 +170,7 @@ class RecurrentHighwayCell(nnx.RNNCellBase):
         rebias: float = 1.0,
         param_dtype: Any = jnp.float32,
         carry_init: nnx.Initializer | None = None,
+        kernel_metadata: Any = None,
         rngs: nnx.Rngs,
         **linear: Any,
     ):
@@ -183,6 +184,8 @@ class RecurrentHighwayCell(nnx.RNNCellBase):
             in_features + hidden_features,
             2 * hidden_features,
             param_dtype=param_dtype,
+            # Two gates in one kernel, which is no matrix to turn.
+            kernel_metadata={"fan_out": None} | dict(kernel_metadata or {}),
             rngs=rngs,
             **linear,
         )

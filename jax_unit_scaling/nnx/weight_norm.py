@@ -4,15 +4,14 @@ Flax's keep a norm of one, which leaves a weight the scale fan_in^-1/2 or less. 
 keep the scale of one that unit-scaled layers start from: wrap unit-scaled ones.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..layers.normalization import tuple_of_axes
-from ..ops.normalization import rms_norm, spectral_norm
+from ..layers.normalization import normalised_weight, tuple_of_axes
+from ..ops.normalization import spectral_norm
 from ..parameters import role_metadata
 from .weights import Path, with_weights
 
@@ -46,14 +45,8 @@ class WeightNorm(nnx.WeightNorm):
 
     def _normalised(self, path: Path, kernel: jax.Array) -> jax.Array:
         features = tuple_of_axes(kernel.ndim, self.feature_axes)
-        axes = tuple(a for a in range(kernel.ndim) if a not in features)
-        scale = None
-        if self.scales is not None:
-            shape = [n if a in features else 1 for a, n in enumerate(kernel.shape)]
-            scale = self.scales[path][...].reshape(shape)
-        # Flax adds epsilon to a sum of so many squares, of which this is the mean.
-        terms = math.prod(kernel.shape[a] for a in axes)
-        y = rms_norm(kernel, scale, axis=axes, epsilon=self.epsilon / terms)
+        scale = None if self.scales is None else self.scales[path][...]
+        y = normalised_weight(kernel, scale, features, self.epsilon)
         return y if self.dtype is None else y.astype(self.dtype)
 
 

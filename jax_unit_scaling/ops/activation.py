@@ -13,7 +13,7 @@ from ..arguments import check_broadcast
 from ..constraints import Constraint, to_output_scale
 from ..moments import Moments, moments
 from ..op import AxisName, Case, Constant, Factors, Op, case, scaled_op
-from ..scale import check_factor
+from ..scale import check_factor, times
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -219,7 +219,13 @@ def squareplus(
     return jax.nn.squareplus(x, b)
 
 
-@scaled_op(rule=_gated_rule(silu.fn), cases=_GATED)
+@scaled_op(
+    rule=_gated_rule(silu.fn),
+    cases=_GATED,
+    multiplied=lambda x, gate, factor, **options: (
+        x * times(silu.fn(gate, **options), factor)
+    ),
+)
 def silu_glu(
     x: X, gate: X, *, mult: float = 1.0, constraint: Constraint | None = to_output_scale
 ) -> X:
@@ -234,6 +240,9 @@ def silu_glu(
 @scaled_op(
     rule=_gated_rule(gelu.fn),
     cases=(*_GATED, case((2**14,), (2**14,), approximate=False)),
+    multiplied=lambda x, gate, factor, **options: (
+        x * times(gelu.fn(gate, **options), factor)
+    ),
 )
 def gelu_glu(
     x: X,

@@ -22,8 +22,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, Num
 
 from ..arguments import checked
-from ..op import AxisName, axis_size, varying
+from ..op import AxisName, axis_size, feature_pieces, varying
 from ..scale import check_factor, scale_bwd, scale_fwd
+from .embedding import own_of_split
 
 Reduction = Literal["mean", "sum"]
 
@@ -39,6 +40,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     batch_axis_name: AxisName | None = None,
+    class_axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     """Unit-scaled cross-entropy of softmax(mult logits) and `labels`, in nats.
 
@@ -51,10 +53,14 @@ def cross_entropy(
     without `mult` and without 1 / count, and zero outside `where`; the mean is taken
     inside it.
 
+    Inside `shard_map`, `class_axis_name` names the axes over which the classes are
+    split, as by a `LinearReadout(..., out_axis_name=...)`: `logits` are then a piece,
+    and `labels` and n those of all classes, as in Megatron.
+
     Reference: Unit Scaling (Blake et al., 2023), table A.2; u-muP, alpha_loss-softmax;
     for z_loss PaLM (Chowdhery et al., 2022), section 5.
     """
-    n = _classes(logits)
+    n = _classes(logits, class_axis_name)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"`labels` must be an array of class ids, got {labels.dtype}.")
     _same_shape("labels", labels, logits.shape[:-1])
@@ -69,21 +75,41 @@ def cross_entropy(
     # (1 - label_smoothing)^2 (n - 1) / n^2; that of the second is 2 z_loss log(n) / n
     # for all classes alike, and so orthogonal to the first.
     rms = math.hypot((1 - label_smoothing) * math.sqrt(n - 1), 2 * z_loss * math.log(n))
-    wide = _scaled_logits(logits, n / rms, mult)
-    largest = lax.stop_gradient(wide.max(-1))
-    shifted = wide - largest[..., None]
-    log_sum = jnp.log(jnp.exp(shifted).sum(-1))
+    wide = _scaled_logits(logits, mult)
+    shifted, log_sum, log_z = _shifted(wide, class_axis_name)
+    losses = log_sum - _of_labels(shifted, labels, class_axis_name)
+    if label_smoothing:
+        mean = _over(class_axis_name, shifted.sum(-1)) / n - log_sum
+        losses = (1 - label_smoothing) * losses - label_smoothing * mean
+    if z_loss:
+        losses = losses + z_loss * log_z**2
+    return _reduced(losses, n / rms, where, reduction, batch_axis_name)
+
+
+def _shifted(logits: Array, names: AxisName | None) -> tuple[Array, Array, Array]:
+    """Logits less the largest, and the log of the sum of exponentials, of these and of
+    all that they are."""
+    top = lax.stop_gradient(logits.max(-1))
+    if names is not None:
+        top = lax.pmax(top, names)
+    shifted = logits - top[..., None]
+    log_sum = jnp.log(_over(names, jnp.exp(shifted).sum(-1)))
+    return shifted, log_sum, log_sum + top
+
+
+def _of_labels(x: Array, labels: Array, names: AxisName | None) -> Array:
+    """The element of each label, along the last axis; NaN for one that is no class."""
+    own, known = labels, (0 <= labels) & (labels < x.shape[-1])
+    if names is not None:
+        own, _, known = own_of_split(labels, x.shape[-1], names)
     # A sum over classes, not a gather: the cotangent is then one pass over the logits,
     # where a gather's is a scatter into zeros that are written and read before.
-    chosen = labels[..., None] == jnp.arange(n)
-    target = jnp.where(chosen, shifted, 0).sum(-1)
-    if label_smoothing:
-        spread = shifted.mean(-1)
-        target = (1 - label_smoothing) * target + label_smoothing * spread
-    losses = jnp.where((0 <= labels) & (labels < n), log_sum - target, jnp.nan)
-    if z_loss:
-        losses = losses + z_loss * (log_sum + largest) ** 2
-    return _reduced(losses, where, reduction, batch_axis_name)
+    chosen = own[..., None] == jnp.arange(x.shape[-1])
+    return jnp.where(known, _over(names, jnp.where(chosen, x, 0).sum(-1)), jnp.nan)
+
+
+def _over(names: AxisName | None, x: Array) -> Array:
+    return x if names is None else lax.psum(x, names)
 
 
 @checked
@@ -109,10 +135,10 @@ def kl_divergence(
     """
     n = _classes(logits)
     _same_shape("targets", targets, logits.shape)
-    logp = jax.nn.log_softmax(_scaled_logits(logits, n / math.sqrt(n - 1), mult))
+    logp = jax.nn.log_softmax(_scaled_logits(logits, mult))
     q = lax.stop_gradient(targets).astype(logp.dtype)
     losses = jnp.where(q == 0, 0, q * (jnp.log(q) - logp)).sum(-1)
-    return _reduced(losses, where, reduction, batch_axis_name)
+    return _reduced(losses, n / math.sqrt(n - 1), where, reduction, batch_axis_name)
 
 
 @checked
@@ -133,10 +159,10 @@ def binary_cross_entropy(
     """
     _same_shape("labels", labels, logits.shape)
     # With the probability 1/2 of both classes each cotangent is 1/2 or -1/2.
-    wide = _scaled_logits(logits, 2.0, mult)
+    wide = _scaled_logits(logits, mult)
     y = lax.stop_gradient(labels).astype(wide.dtype)
     losses = -y * jax.nn.log_sigmoid(wide) - (1 - y) * jax.nn.log_sigmoid(-wide)
-    return _reduced(losses, where, reduction, batch_axis_name)
+    return _reduced(losses, 2.0, where, reduction, batch_axis_name)
 
 
 @checked
@@ -153,8 +179,8 @@ def mse_loss(
     The cotangent of `predictions` is 8^-1/2 times that of the sum, 2 (predictions -
     targets), which for unit-scaled independent arguments has the variance 8.
     """
-    error = _scaled_error(predictions, targets, 8**-0.5)
-    return _reduced(error * error, where, reduction, batch_axis_name)
+    error = _error(predictions, targets)
+    return _reduced(error * error, 8**-0.5, where, reduction, batch_axis_name)
 
 
 @checked
@@ -182,14 +208,15 @@ def huber_loss(
         - 2 * delta / math.sqrt(math.pi) * math.exp(-(delta**2) / 4)
         + delta**2 * math.erfc(delta / 2)
     )
-    error = jnp.abs(_scaled_error(predictions, targets, mean_square**-0.5))
+    error = jnp.abs(_error(predictions, targets))
     inside = jnp.minimum(error, delta)
     losses = inside * (error - inside / 2)
-    return _reduced(losses, where, reduction, batch_axis_name)
+    return _reduced(losses, mean_square**-0.5, where, reduction, batch_axis_name)
 
 
-def _classes(logits: Array) -> int:
+def _classes(logits: Array, names: AxisName | None = None) -> int:
     classes = logits.shape[-1] if logits.ndim else 0
+    classes *= feature_pieces("class_axis_name", names)
     if classes < 2:
         raise ValueError(
             f"`logits` must have two or more classes on its last axis, got {classes}."
@@ -197,21 +224,18 @@ def _classes(logits: Array) -> int:
     return classes
 
 
-def _scaled_logits(logits: Array, factor: float, mult: float) -> Array:
-    """`mult * logits` in float32 at least; their cotangent times `factor` alone."""
+def _scaled_logits(logits: Array, mult: float) -> Array:
+    """`mult * logits` in float32 at least; their cotangent without `mult`."""
     check_factor("mult", mult)
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return scale_fwd(scale_bwd(wide, factor), mult)
+    return scale_fwd(wide, mult)
 
 
-def _scaled_error(predictions: Array, targets: Array, factor: float) -> Array:
-    """`predictions - targets` in float32 at least; cotangents times `factor`."""
+def _error(predictions: Array, targets: Array) -> Array:
+    """`predictions - targets` in float32 at least."""
     _same_shape("targets", targets, predictions.shape)
     wide = jnp.promote_types(jnp.result_type(predictions, targets), jnp.float32)
-    predictions, targets = (
-        scale_bwd(x.astype(wide), factor) for x in (predictions, targets)
-    )
-    return predictions - targets
+    return predictions.astype(wide) - targets.astype(wide)
 
 
 def _same_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:
@@ -220,8 +244,18 @@ def _same_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:
 
 
 def _reduced(
-    losses: Array, where: Array | None, reduction: Reduction, names: AxisName | None
+    losses: Array,
+    factor: float,
+    where: Array | None,
+    reduction: Reduction,
+    names: AxisName | None,
 ) -> Array:
+    """The mean or sum; the cotangent of each of `losses` is `factor`.
+
+    It stands here and not at the logits, where it would be the last to multiply what
+    the product before reads: there XLA makes a pass of its own of it.
+    """
+    losses = scale_bwd(losses, factor)
     if reduction not in ("mean", "sum"):
         raise ValueError(f'`reduction` must be "mean" or "sum", got {reduction!r}.')
     if where is not None:

@@ -80,7 +80,7 @@ def mixture_of_experts(
             those of all of them.
 
     Returns:
-        y, and the router's losses.
+        y, and the router's losses, which are zero for no tokens.
     """
     if num_experts < 2:
         raise ValueError(f"`num_experts` must be 2 or more, got {num_experts}.")
@@ -129,7 +129,7 @@ def _dispatch(
     outputs = experts(rows, _counts(chosen, num_experts))
     _check_shape("experts", outputs, rows.shape)
     restored = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
-    return restored.reshape(*chosen.shape, -1)
+    return restored.reshape(*chosen.shape, outputs.shape[-1])
 
 
 def _counts(chosen: Array, num_experts: int) -> Integer[Array, " experts"]:
@@ -144,13 +144,13 @@ def _losses(
     batch_axis_name: AxisName | None,
 ) -> RouterLosses:
     tokens, num_experts = logits.shape
-    loads = _counts(chosen, num_experts) / chosen.size
+    loads = _counts(chosen, num_experts) / max(chosen.size, 1)
     if batch_axis_name is not None:
         loads = lax.pmean(loads, batch_axis_name)
     probabilities = jax.nn.softmax(mult * scale_bwd(logits, 1 / scales.load_balance))
     z = jax.nn.logsumexp(mult * scale_bwd(logits, 1 / scales.z_loss), axis=-1)
     sums = num_experts * jnp.sum(probabilities @ loads), jnp.sum(z * z)
-    tokens *= axis_size(batch_axis_name)
+    tokens = max(tokens, 1) * axis_size(batch_axis_name)
     return RouterLosses(
         *(scale_fwd(sum_over(total, batch_axis_name), 1 / tokens) for total in sums)
     )

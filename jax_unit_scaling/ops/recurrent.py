@@ -34,6 +34,7 @@ _gate.__name__ = "gate_fn"  # as an error of its moments calls it
     cases=(
         case((2**14,), (2**14,)),
         case((64, 512), (64, 512), gate_fn=jax.nn.hard_sigmoid),
+        case((2**14,), (2**14,), bias=1.0),
     ),
 )
 def gated(
@@ -41,14 +42,15 @@ def gated(
     gate: X,
     *,
     gate_fn: GateFn = jax.nn.sigmoid,
+    bias: float = 0.0,
     constraint: Constraint | None = to_output_scale,
 ) -> X:
-    """Unit-scaled `x * gate_fn(gate)`; `gate` is what the gate function is applied to.
+    """Unit-scaled `x * gate_fn(gate + bias)`; `gate` itself is unit-scaled.
 
-    Factors, for independent inputs: 1 / rms(gate_fn(Z)) forward and for `x`,
-    1 / rms(gate_fn'(Z)) for `gate`; for a sigmoid 1.846 and 4.723.
+    Factors, for independent inputs: 1 / rms(gate_fn(Z + bias)) forward and for `x`,
+    1 / rms(gate_fn'(Z + bias)) for `gate`; for a sigmoid 1.846 and 4.723.
     """
-    return x * gate_fn(gate)
+    return x * gate_fn(gate + bias)
 
 
 def gated_carry(
@@ -86,8 +88,7 @@ def gated_carry(
         raise ValueError(
             f"`feedback` must be in [0, 1), got {feedback}: it is a share of the value."
         )
-    # A bias of 0 is left out, so that both gates share one quadrature.
-    kept = moments(_gate, gate_fn=gate_fn, **({"bias": bias} if bias else {}))
+    kept = moments(_gate, gate_fn=gate_fn, bias=bias)
     if kept.rms >= 1 - 1e-9:
         raise ValueError(
             f"`gate_fn` must keep less than it is given, but its rms is {kept.rms:.3g} "
@@ -98,7 +99,7 @@ def gated_carry(
         w, mean, variance = 1 - k, 1 - kept.mean, kept.std**2
         covariance = -variance
     else:
-        written = moments(_gate, gate_fn=gate_fn)
+        written = moments(_gate, gate_fn=gate_fn, bias=0.0)
         w, mean, variance = gate_fn(write), written.mean, written.std**2
         covariance = 0.0
     a = _write_factor(kept, mean, variance, covariance, feedback)
