@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, Num
 
 from ..arguments import checked
-from ..op import AxisName, axis_size, varying
+from ..op import AxisName, axis_size, check_bound, varying
 from ..scale import check_factor, scale_bwd, scale_fwd
 
 Reduction = Literal["mean", "sum"]
@@ -216,6 +216,7 @@ def _reduced(
 ) -> Array:
     if reduction not in ("mean", "sum"):
         raise ValueError(f'`reduction` must be "mean" or "sum", got {reduction!r}.')
+    check_bound("batch_axis_name", names)
     if where is not None:
         _same_shape("where", where, losses.shape)
     total = sum_over(jnp.sum(losses, where=where), names)
