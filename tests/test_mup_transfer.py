@@ -23,10 +23,10 @@ CHECK = CoordinatesConfig(widths=(32, 128), depth=1, steps=2, seeds=4)
 # The slope of an activation's change: of its log2 rms over log2 width. Two parts make a
 # change, and have no correlation. What weights' updates do has a scale that muP's rules
 # keep; what the embedding's does goes as width^-1/2, by u-muP's rule of its rate. So if
-# s is the second's share of the variance at width 32, that at width 128 is the one at 32
-# times 1 - s + s / 4, and the slope log2(1 - 3 s / 4) / 4. The share is measured: it is
-# what a run with the embedding at rest lacks. It is 1, the slope -1/2, for the embedding
-# and the norm behind it, and up to half for what reads them.
+# s is the second's share of the variance at width 32, the variance at width 128 is
+# 1 - s + s / 4 times as large, and the slope log2(1 - 3 s / 4) / 4. The share is
+# measured: it is what a run with the embedding at rest lacks. It is 1, the slope -1/2,
+# for the embedding and the norm behind it, and up to half for what reads them.
 #
 # Seeds differ from that by at most 0.1 (standard deviation; of 8, 0.15 for attention's
 # output, which is multiplied by how many values it averages), the mean of four by half
