@@ -144,13 +144,13 @@ def tones(frequencies: np.ndarray[Any, Any]) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
 
 
-def pitch(logits: jax.Array) -> np.ndarray[Any, Any]:
+def pitch(logits: Any) -> np.ndarray[Any, Any]:
     """The most probable frequency in Hertz: [n]."""
     cents = CENTS * np.argmax(np.asarray(logits), -1) + LOWEST
     return 10.0 * 2.0 ** (cents / 1200)
 
 
-def scales(model: Crepe, frames: jax.Array) -> dict[str, tuple[float, ...]]:
+def scales(model: Crepe, frames: jax.Array) -> dict[str, tuple[float, float]]:
     """Of each layer the scale of its kernel, and of the kernel's gradient.
 
     The gradient is that of the model's own pitches as labels, by the loss that fits
