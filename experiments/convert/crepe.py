@@ -60,7 +60,8 @@ class Crepe(nnx.Module):
     def __call__(self, frames: jax.Array) -> jax.Array:
         x = frames[..., None]
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = nnx.max_pool(norm(nnx.relu(conv(x))), (2,), (2,))
+            x = norm(nnx.relu(conv(x)))
+            x = nnx.max_pool(x, (2,), (2,))  # type: ignore[no-untyped-call]
         return self.classifier(x.reshape(x.shape[0], -1))
 
 
@@ -139,7 +140,7 @@ def _set(variable: Any, value: np.ndarray[Any, Any]) -> None:
 def tones(frequencies: np.ndarray[Any, Any]) -> jax.Array:
     """Frames [n, 1024] of the first harmonics of each frequency, normalised."""
     phase = 2 * np.pi * frequencies[:, None] * np.arange(1024) / RATE
-    x = sum(np.sin(k * phase + k) / k for k in range(1, 6))
+    x = np.sum([np.sin(k * phase + k) / k for k in range(1, 6)], axis=0)
     x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
     return jnp.asarray(x, jnp.float32)
 
@@ -156,10 +157,10 @@ def scales(model: Crepe, frames: jax.Array) -> dict[str, tuple[float, float]]:
     The gradient is that of the model's own pitches as labels, by the loss that fits
     the model: a mean of plain ones, or this library's.
     """
-    layers = {f"conv{i}": conv for i, conv in enumerate(model.convs, 1)}
+    layers: dict[str, Any] = {f"conv{i}": conv for i, conv in enumerate(model.convs, 1)}
     layers["classifier"] = model.classifier
     unit = isinstance(model.classifier, jus.nnx.Linear)
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    graph, params, rest = nnx.split(model, nnx.Param, nnx.Not(nnx.Param))
     labels = jnp.argmax(model(frames), -1)
 
     def loss(params: Any) -> jax.Array:
