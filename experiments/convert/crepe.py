@@ -160,11 +160,11 @@ def scales(model: Crepe, frames: jax.Array) -> dict[str, tuple[float, float]]:
     layers: dict[str, Any] = {f"conv{i}": conv for i, conv in enumerate(model.convs, 1)}
     layers["classifier"] = model.classifier
     unit = isinstance(model.classifier, jus.nnx.Linear)
-    graph, params, rest = nnx.split(model, nnx.Param, nnx.Not(nnx.Param))
+    graph, params, *others = nnx.split(model, nnx.Param, ...)
     labels = jnp.argmax(model(frames), -1)
 
     def loss(params: Any) -> jax.Array:
-        logits = nnx.merge(graph, params, rest, copy=True)(frames)
+        logits = nnx.merge(graph, params, *others, copy=True)(frames)
         if unit:
             return jus.cross_entropy(logits, labels)
         logp = jax.nn.log_softmax(logits)
