@@ -130,3 +130,7 @@ def __getattr__(name: str) -> Any:
     if name == "linen":
         return importlib.import_module(".linen", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "linen"})

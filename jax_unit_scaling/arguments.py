@@ -31,6 +31,7 @@ class Check:
         is_floating: whether that array is one of floating-point numbers.
         others: what else it may be; of an array None or a number.
         expected: the same in words.
+        many: whether it is `*name`, a tuple of such arguments.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Check:
     is_floating: bool
     others: tuple[Predicate, ...]
     expected: str
+    many: bool = False
 
     def __call__(self, value: Any) -> Any:
         """The value, if it fits; of a NumPy number the Python one, which promotes none.
@@ -47,6 +49,9 @@ class Check:
             TypeError: if it is not what the signature says, by the argument's name.
             ValueError: if it is not finite.
         """
+        if self.many:
+            one = dataclasses.replace(self, many=False)
+            return tuple(map(one, value))
         if value is self.default:
             return value
         if self.is_array and hasattr(value, "shape") and hasattr(value, "dtype"):
@@ -107,6 +112,7 @@ def _check(parameter: inspect.Parameter) -> Check | None:
         all("float" in dtype for m in arrays for dtype in getattr(m, "dtypes", ("",))),
         tuple(known),
         " or ".join((["an array"] if arrays else []) + list(map(_words, others))),
+        parameter.kind is parameter.VAR_POSITIONAL,
     )
 
 
@@ -197,3 +203,19 @@ def check_broadcast(name: str, x: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"`{name}` must be broadcastable to {shape}, got shape {x.shape}."
         )
+
+
+def axes_of(name: str, axis: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    """Axes of an array of this rank, in the order given, counted from 0.
+
+    Raises:
+        ValueError: if there is no such axis, or one is named twice.
+    """
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    counted = tuple(a % rank for a in axes if -rank <= a < rank)
+    if len({*counted}) != len(axes):
+        raise ValueError(
+            f"`{name}` must name axes of an array of rank {rank}, each once, got "
+            f"{axis}."
+        )
+    return counted

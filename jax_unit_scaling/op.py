@@ -10,6 +10,7 @@ parameters lie on cut-edges and keep their own.
 Reference: Unit Scaling (Blake et al., 2023), section 5.
 """
 
+import copy
 import dataclasses
 import functools as ft
 import inspect
@@ -178,8 +179,8 @@ class Op(Generic[P, R]):
         """The factors that a call with these arguments uses (shapes will do)."""
         return self._factors(*self._bind(*args, **kwargs))
 
-    def constrained(self, constraint: Constraint | None) -> Callable[P, R]:
-        """The operation under another constraint, or under none.
+    def constrained(self, constraint: Constraint | None) -> "Op[P, R]":
+        """The operation under another constraint, or under none, by default.
 
         Raises:
             TypeError: if it takes no constraint because its factors cannot conflict.
@@ -188,7 +189,14 @@ class Op(Generic[P, R]):
             raise TypeError(
                 f"`{self.__name__}` takes no constraint: its factors cannot conflict."
             )
-        return ft.partial(self, constraint=constraint)  # type: ignore[arg-type]
+        parameters = self._signature.parameters
+        other = parameters["constraint"].replace(default=constraint)
+        signature = self._signature.replace(
+            parameters=list((parameters | {"constraint": other}).values())
+        )
+        twin = copy.copy(self)
+        twin.__dict__.update(_signature=signature, __signature__=signature)
+        return twin
 
     def _bind(
         self, *args: P.args, **kwargs: P.kwargs
@@ -267,6 +275,7 @@ _ABOUT_FACTORS = ("constraint", "batch_axis_name", "in_axis_name", "out_axis_nam
 def _pieces(options: Mapping[str, Any], option: str) -> int:
     names = options.get(option)
     if option == "batch_axis_name":
+        check_bound(option, names)
         return axis_size(names)
     return feature_pieces(option, names)
 
@@ -277,6 +286,7 @@ def feature_pieces(option: str, names: AxisName | None) -> int:
     Raises:
         ValueError: where JAX would not sum cotangents over them; `option` named them.
     """
+    check_bound(option, names)
     if names is not None and not sums_cotangents(names):
         raise ValueError(
             f"`{option}={names!r}` needs `jax.shard_map` with its default, "
@@ -284,7 +294,7 @@ def feature_pieces(option: str, names: AxisName | None) -> int:
             "what is the same on all devices, and sums cotangents too often or not at "
             "all."
         )
-    return axis_size(names)
+    return math.prod(map(lax.axis_size, axis_names(names)))
 
 
 def _shape_only(x: Any) -> Any:
@@ -294,8 +304,23 @@ def _shape_only(x: Any) -> Any:
 
 
 def axis_size(names: AxisName | None) -> int:
-    """How many pieces there are along the named axes."""
-    return math.prod(map(lax.axis_size, axis_names(names)))
+    """How many pieces of the batch there are along the named axes."""
+    return _pieces({"batch_axis_name": names}, "batch_axis_name")
+
+
+def check_bound(option: str, names: AxisName | None) -> None:
+    """Refuses, by a ValueError, the name of an axis that nothing around has."""
+    for name in axis_names(names):
+        try:
+            lax.axis_size(name)
+        except NameError:
+            raise ValueError(
+                f"`{option}` must name an axis of a `shard_map`, `pmap` or `vmap` "
+                f"around the call, got {name!r}, which there is none of: call it "
+                "inside of one, for example `jax.vmap(..., axis_name="
+                f"{name!r})`, or leave `{option}` None. Under `jit` alone shapes are "
+                "those of the whole, and it is not needed."
+            ) from None
 
 
 def sums_cotangents(names: AxisName) -> bool:

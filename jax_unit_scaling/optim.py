@@ -63,8 +63,9 @@ import jax
 import optax
 from jax import lax
 
+from .arguments import checked
 from .constraints import Constraint, apply_constraint
-from .op import AxisName, sums_cotangents
+from .op import AxisName, check_bound, sums_cotangents
 from .parameters import (
     Overrides as Overrides,
     ParameterInfo as ParameterInfo,
@@ -157,17 +158,21 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+@checked
 def report(
     params: Any,
-    learning_rate: float,
+    learning_rate: LearningRate,
     *,
+    step: int = 0,
     rule: Rule = adam_rule,
     overrides: Overrides | None = None,
 ) -> Report:
     """The learning rate that each parameter gets; print it to see a table.
 
-    Takes the arguments of `learning_rate_factors`, and the base `learning_rate`.
+    Takes the arguments of `learning_rate_factors`, and the base `learning_rate`: a
+    number, or a schedule, of which it is the value at `step`.
     """
+    rate = learning_rate(step) if callable(learning_rate) else learning_rate
     rows = Report()
     for path, (leaf, info) in named_parameters(params, overrides).items():
         factor = rule(info)
@@ -180,7 +185,7 @@ def report(
                 info.fan_in,
                 info.depth,
                 factor,
-                learning_rate * factor,
+                float(rate) * factor,
             )
         )
     return rows
@@ -388,6 +393,7 @@ def sum_gradients(grads: Any, axis_name: AxisName) -> Any:
     has summed already the gradients of what all devices share, and a `psum` would
     multiply them by the number of devices: there they are returned as they are.
     """
+    check_bound("axis_name", axis_name)
     return grads if sums_cotangents(axis_name) else lax.psum(grads, axis_name)
 
 

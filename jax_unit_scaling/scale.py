@@ -20,7 +20,8 @@ def scaled(
     operation, XLA folds the others, and nothing is saved for the backward pass.
 
     Where `fwd != bwd` this is deliberately not the derivative. It is sound where the
-    constraints of the paper hold: see DESIGN.md. Where they agree it is a plain product.
+    constraints of the paper hold: see DESIGN.md. Where they
+    agree it is a plain product.
     Forward-mode differentiation of a false gradient has no meaning and is refused by
     JAX (`custom_vjp`).
 

@@ -1,6 +1,7 @@
 """What several files of tests share."""
 
 import jax
+import numpy as np
 import pytest
 
 from jax_unit_scaling import scale
@@ -26,3 +27,22 @@ def truly(monkeypatch):
         return result
 
     return call
+
+
+@pytest.fixture
+def close_to_float32():
+    """close(what, fp8, exact): one number of each seed's run, in either precision.
+
+    The mean's relative gap is below 1%. Printed, with its spread: `pytest -rP`.
+    """
+
+    def close(what, fp8, exact):
+        gaps = (np.asarray(fp8) - exact) / np.asarray(exact)
+        print(
+            f"{what}: float32 {np.mean(exact):.4f}, FP8 {np.mean(fp8):.4f}, gap "
+            f"{gaps.mean():+.2%} (standard deviation {gaps.std(ddof=1):.2%} over "
+            f"{len(gaps)} seeds)"
+        )
+        assert abs(gaps.mean()) < 0.01
+
+    return close

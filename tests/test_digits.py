@@ -1,5 +1,7 @@
 """The digits experiment: unit-scaled, in simulated FP8 it is as good as in float32."""
 
+import pytest
+
 from experiments.digits.train import DigitsConfig, compare
 
 
@@ -8,5 +10,13 @@ def test_a_small_network_trains_in_simulated_fp8_as_in_float32(capsys):
     table = capsys.readouterr().out
     assert all(f"{name} " in table and len(a) == 1 for name, a in found.items())
     ((exact,), (fp8,)) = (found[f"unit, {p}"] for p in ("float32", "simulated FP8"))
-    # Few weights and steps: the full run is closer, as the experiment's table says.
+    # So few weights and steps lose 1% (mean of three seeds); the experiment's do not.
     assert exact > 0.9 and fp8 > exact - 0.02
+
+
+@pytest.mark.slow
+def test_the_experiments_network_loses_nothing_in_simulated_fp8(close_to_float32):
+    found = compare(DigitsConfig())
+    exact, fp8 = (found[f"unit, {p}"] for p in ("float32", "simulated FP8"))
+    assert min(exact) > 0.95
+    close_to_float32("digits, accuracy", fp8, exact)

@@ -68,6 +68,7 @@ def test_importing_the_package_needs_no_extra_and_traces_nothing():
         " & {m for m in sys.modules} - {'rich.table', 'orbax.checkpoint', 'chex'}\n"
         "from jax_unit_scaling import moments\n"
         "assert moments.moments.cache_info().misses == 0\n"
+        "assert 'linen' in dir(jax_unit_scaling)\n"
         "assert 'jax_unit_scaling.linen' not in sys.modules\n"
         "assert jax_unit_scaling.linen.Dense is jax_unit_scaling.linen.Dense\n"
         "assert not hasattr(jax_unit_scaling, 'no_such_name')\n"

@@ -1,9 +1,15 @@
-"""u-muP is muP in other units: the same trajectory under Adam, step for step.
+"""u-muP is muP in other units: the same trajectory, step for step.
 
-Adam ignores the scale of a gradient. So a weight w with the factor a in its product and
-the learning rate c moves as the plain weight w' = a w with the learning rate a c does.
-Here the second is written out with `jnp` alone, as muP has it: weights that start at
-the scale a, plain products, plain gradients, and rates in proportion to 1 / width.
+Adam ignores the scale of a gradient, and Lion takes its sign. So a weight w with the
+factor a in its product and the learning rate c moves as the plain weight w' = a w with
+the learning rate a c does. Here the second is written out with `jnp` alone, as muP has
+it: weights that start at the scale a, plain products, plain gradients, and rates in
+proportion to 1 / width.
+
+SGD's update is the gradient, here k times the true one of w, which is a times that of
+w'. So its plain rate is a^2 c k. The k of a parameter is a constant of the model: it is
+read off the first gradients, and has to hold at every later step; how it depends on
+width is known apart, from muP's table for SGD.
 """
 
 import functools as ft
@@ -29,20 +35,24 @@ EPSILON = 1e-30
 class _Transformer(nnx.Module):
     """Every role: a table, hidden weights, biases, gains, and a readout with a bias."""
 
-    def __init__(self):
+    def __init__(
+        self, width=WIDTH, heads=HEADS, hidden=HIDDEN, *, readout_constraint=None
+    ):
         like = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
-        self.embed = jus.nnx.Embed(VOCABULARY, WIDTH, **like)
+        self.embed = jus.nnx.Embed(VOCABULARY, width, **like)
         self.stack = jus.nnx.TransformerStack(
-            WIDTH,
-            HEADS,
-            HIDDEN,
+            width,
+            heads,
+            hidden,
             depth=BLOCKS,
             norm=jus.nnx.LayerNorm,
             use_bias=True,
             **like,
         )
-        self.norm = jus.nnx.LayerNorm(WIDTH, **like)
-        self.readout = jus.nnx.LinearReadout(WIDTH, VOCABULARY, **like)
+        self.norm = jus.nnx.LayerNorm(width, **like)
+        self.readout = jus.nnx.LinearReadout(
+            width, VOCABULARY, constraint=readout_constraint, **like
+        )
 
     def __call__(self, ids):
         return self.readout(self.norm(self.stack(self.embed(ids))))
@@ -180,42 +190,75 @@ def _by_path(f, params, *rest):
     return jax.tree_util.tree_map_with_path(at, params, *rest)
 
 
+# Lion's steps are as large as ever where a gradient is small; of more than these a sign
+# may turn on its rounding. SGD's rate is one at which the loss falls without a warm-up.
+OPTIMISERS = {
+    "adam": (
+        jus.optim.adam(RATE, eps=EPSILON),
+        optax.chain(optax.scale_by_adam(eps=EPSILON), optax.scale(RATE)),
+    ),
+    "lion": (
+        jus.optim.lion(RATE / 8),
+        optax.chain(optax.scale_by_lion(0.9, 0.99), optax.scale(RATE / 8)),
+    ),
+    "sgd": (jus.optim.sgd(RATE / 8), optax.scale(RATE / 8)),
+    "sgd, momentum": (
+        jus.optim.sgd(RATE / 4, momentum=0.9, nesterov=True),
+        optax.chain(optax.trace(0.9, nesterov=True), optax.scale(RATE / 4)),
+    ),
+    "sgd, constrained readout": (
+        jus.optim.sgd(RATE / 8, readout_constraint=jus.to_output_scale),
+        optax.scale(RATE / 8),
+    ),
+}
+
+
 @ft.cache
-def _setting():
-    """The u-muP model, its parameters and batches, and its trajectory under Adam."""
-    graph, params = nnx.split(_Transformer())
+def _setting(name="adam"):
+    """The u-muP model's parameters, batches, losses, trajectory and first gradients."""
+    constraint = jus.to_output_scale if "constrained" in name else None
+    graph, params = nnx.split(_Transformer(readout_constraint=constraint))
     batch = jax.random.randint(jax.random.key(1), (BATCH, LENGTH + 1), 0, VOCABULARY)
     ids = jnp.tile(batch, (STEPS, 1, 1))  # to learn by heart
 
     def loss(params, ids, labels):
         return jus.cross_entropy(nnx.merge(graph, params)(ids), labels)
 
-    train = jax.jit(ft.partial(_train, loss, jus.optim.adam(RATE, eps=EPSILON)))
+    train = jax.jit(ft.partial(_train, loss, OPTIMISERS[name][0]))
     losses, path = train(params, ids)
-    return nnx.to_pure_dict(params), ids, losses, nnx.to_pure_dict(path)
+    grads = jax.jit(jax.grad(loss))(params, batch[:, :-1], batch[:, 1:])
+    return *map(nnx.to_pure_dict, (params, path, grads)), ids, losses
 
 
-@jax.jit
-def _train_plain(scales, rates, params, batches):
+def _plain_loss(params, ids, labels):
+    return _mean_loss(_plain_logits(params, ids), labels)
+
+
+@ft.partial(jax.jit, static_argnums=0)
+def _train_plain(direction, scales, rates, params, batches):
     """The plain model from a w, with a table of a and one of rates."""
     optimiser = optax.chain(
-        optax.scale_by_adam(eps=EPSILON),
+        direction,
         optax.stateless(
             lambda updates, _: jax.tree.map(lambda u, r: -r * u, updates, rates)
         ),
     )
-
-    def loss(params, ids, labels):
-        return _mean_loss(_plain_logits(params, ids), labels)
-
-    return _train(loss, optimiser, jax.tree.map(jnp.multiply, params, scales), batches)
+    start = jax.tree.map(jnp.multiply, params, scales)
+    return _train(_plain_loss, optimiser, start, batches)
 
 
-def _plain(rule):
-    params, batches, _, _ = _setting()
+def _plain(rule, name="adam"):
+    params, _, grads, batches, _ = _setting(name)
     scales = _by_path(lambda path, _: rule(path)[0], params)
-    rates = _by_path(lambda path, _: RATE * math.prod(rule(path)), params)
-    return _train_plain(scales, rates, params, batches)
+    rates = _by_path(lambda path, _: math.prod(rule(path)), params)
+    if name.startswith("sgd"):
+        plain = jax.tree.map(jnp.multiply, params, scales)
+        true = jax.jit(jax.grad(_plain_loss))(
+            plain, batches[0, :, :-1], batches[0, :, 1:]
+        )
+        ratios = jax.tree.map(lambda g, t: jnp.vdot(g, t) / jnp.vdot(t, t), grads, true)
+        rates = jax.tree.map(jnp.multiply, rates, ratios)
+    return _train_plain(OPTIMISERS[name][1], scales, rates, params, batches)
 
 
 @pytest.fixture(autouse=True)
@@ -224,9 +267,11 @@ def _float64():
         yield
 
 
-def test_adam_moves_the_model_as_it_moves_the_equivalent_mup_model():
-    _, _, losses, path = _setting()
-    want_losses, want_path = _plain(_plain_rule)
+# With a constrained readout SGD makes the updates of a free one: the next test.
+@pytest.mark.parametrize("name", [n for n in OPTIMISERS if "constrained" not in n])
+def test_a_model_moves_as_the_equivalent_mup_model_does(name):
+    _, path, _, _, losses = _setting(name)
+    want_losses, want_path = _plain(_plain_rule, name)
     assert losses[-1] < losses[0] - 0.1  # they do move
     np.testing.assert_allclose(losses, want_losses, **CLOSE)
 
@@ -235,6 +280,66 @@ def test_adam_moves_the_model_as_it_moves_the_equivalent_mup_model():
         np.testing.assert_allclose(got, want / a, **CLOSE, err_msg="/".join(at))
 
     _by_path(compare, path, want_path)
+
+
+def test_both_readings_of_sgd_make_the_same_update():
+    _, free, _, _, _ = _setting("sgd")
+    _, constrained, _, _, _ = _setting("sgd, constrained readout")
+    jax.tree.map(ft.partial(np.testing.assert_allclose, **CLOSE), constrained, free)
+
+
+# The power of width in SGD's rate for the plain weight w': muP's table for SGD, but for
+# the embedding, whose width^1 there is width^1/2 by u-muP's rule.
+SGD_POWERS = {
+    ("embed", "embedding"): 1 / 2,
+    ("stack", "kernel"): 0,
+    ("stack", "bias"): 1,
+    ("stack", "scale"): 1,
+    ("norm", "scale"): 1,
+    ("norm", "bias"): 1,
+    ("readout", "kernel"): -1,
+    ("readout", "bias"): 0,
+}
+
+
+@pytest.mark.parametrize("constraint", [None, jus.to_output_scale])
+def test_sgds_plain_rates_depend_on_width_as_in_mups_table(constraint, truly):
+    """Its plain rate is a^2 c k, k the ratio of a gradient and the true one."""
+    optimiser = jus.optim.sgd(1.0, readout_constraint=constraint)
+    ids = jax.random.randint(jax.random.key(1), (BATCH, LENGTH + 1), 0, VOCABULARY)
+
+    def rates(scale):
+        sizes = WIDTH * scale, HEADS * scale, HIDDEN * scale
+        graph, params = nnx.split(_Transformer(*sizes, readout_constraint=constraint))
+
+        def gradients():
+            def loss(params):
+                logits = nnx.merge(graph, params)(ids[:, :-1])
+                return jus.cross_entropy(logits, ids[:, 1:])
+
+            return jax.jit(jax.grad(loss))(params)
+
+        updates, _ = optimiser.update(gradients(), optimiser.init(params), params)
+        updates, true = map(nnx.to_pure_dict, (updates, truly(gradients)))
+
+        def rate(path, u, t):
+            return -jnp.vdot(u, t) / jnp.vdot(t, t) * _initial_scale(path, scale) ** 2
+
+        return _by_path(rate, updates, true)
+
+    def power(path, narrow, wide):
+        want = SGD_POWERS[path[0], path[-1]]
+        np.testing.assert_allclose(jnp.log2(wide / narrow), want, atol=1e-6)
+
+    _by_path(power, rates(1), rates(2))
+
+
+def _initial_scale(path, scale):
+    """The a of a width that is so many times larger."""
+    a = _plain_rule(path)[0]
+    if path[-1] != "kernel":
+        return a
+    return a / scale if path[0] == "readout" else a / scale**0.5
 
 
 def _without_depth(path):
@@ -257,6 +362,6 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_rule_is_another_trajectory(name):
-    _, _, losses, _ = _setting()
+    losses = _setting()[-1]
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         np.testing.assert_allclose(losses, _plain(WRONG[name])[0], **CLOSE)

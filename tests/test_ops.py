@@ -1,5 +1,7 @@
 """Every operation of the registry is held to one contract, on the cases it declares."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -330,7 +332,11 @@ Q, KV = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 6, 4, 8))
 WRONG = {
     "kernel": (lambda: jus.linear(X, KERNEL.T), ValueError, "`kernel` must begin"),
     "bias": (lambda: jus.linear(X, KERNEL, X[0]), ValueError, "`bias` must have"),
-    "axis": (lambda: jus.linear(X, KERNEL, axis=5), ValueError, "`axis` 5 is out of"),
+    "axis": (
+        lambda: jus.linear(X, KERNEL, axis=5),
+        ValueError,
+        "`axis` must name axes of an array of rank 2, each once, got 5",
+    ),
     "softmax axis": (lambda: jus.softmax(X, axis=2), ValueError, "`axis` 2 is out of"),
     "integers": (lambda: jus.gelu(jnp.arange(3)), TypeError, "`x` must be a floating"),
     "mult": (lambda: jus.gelu(X, mult=-1.0), ValueError, "`mult` must be finite and"),
@@ -528,6 +534,68 @@ WRONG = {
         ValueError,
         "pass one of `num_groups` and `group_size`",
     ),
+    "no such axis": (
+        lambda: jus.layer_norm(X, axis=(0, -2)),
+        ValueError,
+        "`axis` must name axes of an array of rank 2, each once",
+    ),
+    "no term": (
+        lambda: jus.weighted_add(X, "x"),
+        TypeError,
+        "`xs` must be an array, got 'x'",
+    ),
+    "one weight": (
+        lambda: jus.weighted_add(X, X, weights=0.5),
+        TypeError,
+        "`weights` must be",
+    ),
+    "no branch": (
+        lambda: jus.residual_apply(X, jus.relu),
+        TypeError,
+        "`fn` must be",
+    ),
+    "integers on a branch": (
+        lambda: jus.residual_apply(jus.relu, jnp.ones((2, 2), int)),
+        TypeError,
+        "`x` must be a floating-point array",
+    ),
+    "experts": (
+        lambda: jus.mixture_of_experts(
+            jus.relu, jus.relu, X, num_experts=2.0, num_selected=1
+        ),
+        TypeError,
+        "`num_experts` must be an integer",
+    ),
+    "singular vector": (
+        lambda: jus.spectral_norm(KERNEL, jnp.ones((1, 3))),
+        ValueError,
+        r"`u` must be \[1, out\]",
+    ),
+    "power iteration": (
+        lambda: jus.spectral_norm(KERNEL, jnp.ones((1, KERNEL.shape[1])), n_steps=0),
+        ValueError,
+        "`n_steps` must be 1 or more",
+    ),
+    "unbound axis": (
+        lambda: jus.linear(X, KERNEL, batch_axis_name="data"),
+        ValueError,
+        "`batch_axis_name` must name an axis .* got 'data'",
+    ),
+    "unbound axis of features": (
+        lambda: jus.linear(X, KERNEL, in_axis_name=("data",)),
+        ValueError,
+        "`in_axis_name` must name an axis .* got 'data'",
+    ),
+    "unbound axis of a loss": (
+        lambda: jus.mse_loss(X, X, reduction="sum", batch_axis_name="data"),
+        ValueError,
+        "`batch_axis_name` must name an axis .* got 'data'",
+    ),
+    "unbound axis of gradients": (
+        lambda: jus.optim.sum_gradients(X, "data"),
+        ValueError,
+        "`axis_name` must name an axis .* got 'data'",
+    ),
     "tau": (lambda: jus.residual_apply(jus.relu, X, tau=0.0), ValueError, "`tau` must"),
     "share": (
         lambda: jus.fixed_residual_rule(share=1.0),
@@ -567,3 +635,55 @@ WRONG = {
 def test_bad_input_gets_an_error_that_names_it(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_an_operation_under_another_constraint_is_an_operation():
+    twin = jus.linear.constrained(jus.gmean)
+    assert isinstance(twin, type(jus.linear)) and twin.__name__ == "linear"
+    x, kernel = jnp.ones((3, 8)), jnp.ones((8, 4))
+    want = {"x": x, "kernel": kernel, "constraint": jus.gmean}
+    assert twin.factors(x, kernel) == jus.linear.factors(**want)
+    np.testing.assert_array_equal(twin(x, kernel), jus.linear(**want))
+    assert inspect.signature(twin).parameters["constraint"].default is jus.gmean
+    # The twin's own, in turn, and the original's, which it leaves alone.
+    free = twin.constrained(None)
+    assert free.factors(x, kernel) == jus.linear.factors(x, kernel, constraint=None)
+    assert jus.linear.factors(x, kernel).bwd["x"] == 8**-0.5
+
+
+def _old_product(lhs, rhs, dimension_numbers, precision=None):
+    return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision)
+
+
+def _old_convolution(lhs, rhs, strides, pads, *, precision=None, **options):
+    assert "preferred_element_type" not in options
+    return jax.lax.conv_general_dilated(lhs, rhs, strides, pads, **options)
+
+
+_old_convolution.__signature__ = inspect.signature(
+    lambda lhs, rhs, strides, pads, *, precision=None, lhs_dilation=None: None
+)
+
+
+def test_a_product_that_cannot_choose_its_accumulator_works_in_float16():
+    """A sum of 2^17 ones is beyond float16; it is taken, and scaled, in float32."""
+    x, kernel = jnp.ones((2, 2**17), jnp.float16), jnp.ones((2**17, 3), jnp.float16)
+    layer = jus.nnx.Linear(
+        2**17, 3, use_bias=False, dot_general=_old_product, rngs=nnx.Rngs(0)
+    )
+    layer.kernel[...] = jnp.ones((2**17, 3))
+    for y in (
+        jus.linear(x, kernel, dot_general=_old_product),
+        layer(x.astype(jnp.float16)).astype(jnp.float16),
+        jus.conv(
+            x.reshape(2, 1, -1), kernel[None], conv_general_dilated=_old_convolution
+        ),
+        jus.einsum_linear(
+            "bi,ij->bj",
+            x,
+            kernel,
+            einsum=lambda s, x, y, precision: jnp.einsum(s, x, y),
+        ),
+    ):
+        assert y.dtype == jnp.float16
+        np.testing.assert_allclose(y, 2**8.5, rtol=1e-3)

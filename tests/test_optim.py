@@ -180,6 +180,16 @@ def test_both_readings_of_sgd_make_the_same_update():
 # -- Reports and overrides -------------------------------------------------------------
 
 
+def test_a_report_takes_a_schedule_and_a_step():
+    schedule = optax.linear_schedule(0.0, RATE, 8)
+    for step in (0, 2, 8):
+        rows = optim.report(_params(), schedule, step=step)
+        want = {k: RATE * step / 8 * f for k, f in FACTORS.items()}
+        assert {r.path: r.learning_rate for r in rows} == pytest.approx(want)
+    with pytest.raises(TypeError, match="`learning_rate` must be"):
+        optim.report(_params(), "fast")
+
+
 def test_a_report_lists_the_rate_of_each_parameter():
     rows = optim.report(_params(), RATE)
     assert [row.path for row in rows] == sorted(FACTORS)

@@ -25,7 +25,7 @@ NAMESAKES = [n for n in CELLS if hasattr(nnx, n)]
 
 def _cell(name, *sizes, **options):
     kind = getattr(jus.nnx, name.split()[0])
-    return kind(*sizes, rngs=nnx.Rngs(0), **CELLS[name], **options)
+    return kind(*sizes, **{"rngs": nnx.Rngs(0)} | CELLS[name] | options)
 
 
 def _normal(seed, *shape):
@@ -115,10 +115,11 @@ def test_the_loop_keeps_the_state_of_its_cell():
 class _Language(nnx.Module):
     """A language model: embedding, recurrence and readout."""
 
-    def __init__(self, name, *, vocabulary=32, width=16, **options):
-        rngs = nnx.Rngs(0)
+    def __init__(self, name, *, vocabulary=32, width=16, seed=0, **options):
+        rngs = nnx.Rngs(jax.random.key(seed))
         self.embed = jus.nnx.Embed(vocabulary, width, rngs=rngs)
-        self.rnn = jus.nnx.RNN(_cell(name, width, width, **options), rngs=False)
+        cell = _cell(name, width, width, rngs=rngs, **options)
+        self.rnn = jus.nnx.RNN(cell, rngs=False)
         self.readout = jus.nnx.LinearReadout(width, vocabulary, rngs=rngs)
 
     def __call__(self, ids):
@@ -218,36 +219,46 @@ def _plain_step(name, cell, h, c, x):
     return output * sigmoid(o) * tanh * jnp.tanh(c)
 
 
-def _train(text, steps, **options):
-    """The mean loss, in nats for each character, of the last fifty steps."""
+def _train(text, steps, seeds, **options):
+    """The mean loss, in nats for each character, of the last fifty steps: [seeds]."""
     letters = sorted(set(text))
     ids = np.array([letters.index(c) for c in text])
-    model = _Language("LSTMCell", vocabulary=len(letters), width=48, **options)
-    graph, params = nnx.split(model)
     optimizer = optax.adam(0.04)
 
-    @jax.jit
-    def step(params, state, batch):
-        def loss(params):
-            logits = nnx.merge(graph, params)(batch[:, :-1])
-            return jus.cross_entropy(logits, batch[:, 1:])
+    def make(seed):
+        return _Language(
+            "LSTMCell", vocabulary=len(letters), width=48, seed=seed, **options
+        )
 
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(params, updates), state, value
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(0)))
 
-    state, losses = optimizer.init(params), []
-    starts = np.random.default_rng(0).integers(0, len(ids) - 33, (steps, 16))
-    for start in starts:
-        batch = jnp.asarray(ids[start[:, None] + np.arange(33)])
-        params, state, value = step(params, state, batch)
-        losses.append(float(value))
-    return np.mean(losses[-50:])
+    def run(seed):
+        params = nnx.state(make(seed))
+
+        def step(state, batch):
+            def loss(params):
+                logits = nnx.merge(graph, params)(batch[:, :-1])
+                return jus.cross_entropy(logits, batch[:, 1:])
+
+            params, moments = state
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, moments = optimizer.update(grads, moments)
+            return (optax.apply_updates(params, updates), moments), value
+
+        # A seed chooses parameters and batches.
+        start = jax.random.randint(
+            jax.random.key(seed + 1), (steps, 16, 1), 0, len(ids) - 33
+        )
+        batches = jnp.asarray(ids)[start + jnp.arange(33)]
+        return jax.lax.scan(step, (params, optimizer.init(params)), batches)[1]
+
+    losses = jax.jit(jax.vmap(run))(jnp.arange(seeds))
+    return np.asarray(losses)[:, -50:].mean(1)
 
 
-def test_an_lstm_trains_in_simulated_fp8_as_in_float32():
+def test_an_lstm_trains_in_simulated_fp8_as_in_float32(close_to_float32):
     text = inspect.getsource(textwrap)
-    exact = _train(text, 300)
-    fp8 = _train(text, 300, formats=jus.SIMULATED_FP8)
-    assert exact < 2.0  # of 4.2 to begin with: it has learnt
-    np.testing.assert_allclose(fp8, exact, rtol=0.01)
+    exact = _train(text, 300, 3)
+    assert exact.max() < 2.0  # of 4.2 to begin with: they have learnt
+    fp8 = _train(text, 300, 3, formats=jus.SIMULATED_FP8)
+    close_to_float32("LSTM, nats a character", fp8, exact)

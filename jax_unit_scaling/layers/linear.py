@@ -1,5 +1,6 @@
 """What linear layers and convolutions do once their parameters are there."""
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -57,7 +58,12 @@ def apply_linear(
 
 def with_factor(product: Callable[..., jax.Array], factor: float) -> Any:
     """A product times `factor`; the input's cotangent gets its own (`apply_linear`)."""
-    return lambda *args, **kwargs: scale_fwd(product(*args, **kwargs), factor)
+
+    @ft.wraps(product, updated=())  # with its signature, which tells what it takes
+    def scaled_product(*args: Any, **kwargs: Any) -> jax.Array:
+        return scale_fwd(product(*args, **kwargs), factor)
+
+    return scaled_product
 
 
 def low_rank(layer: Any, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

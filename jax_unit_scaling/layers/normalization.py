@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..arguments import axes_of
 from ..op import AxisName, axis_size
 from ..ops.normalization import rms_norm
 from ..scale import scaled
 
 
 def tuple_of_axes(rank: int, axes: int | Sequence[int]) -> tuple[int, ...]:
-    """Axes of an array of this rank, counted from 0."""
-    return tuple(a % rank for a in ((axes,) if isinstance(axes, int) else axes))
+    """A layer's `feature_axes`, counted from 0."""
+    return axes_of("feature_axes", axes, rank)
 
 
 def apply_norm(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 
+from ..arguments import checked
 from ..ops.residual import residual_apply, transformer_residual_rule
 
 Norm = Callable[[jax.Array], jax.Array]
@@ -43,6 +44,7 @@ def block_taus(
     return rule(2 * index, 2 * depth), rule(2 * index + 1, 2 * depth)
 
 
+@checked
 def feed_forward(
     up: Branch,
     gate: Branch | None,

@@ -6,10 +6,10 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..arguments import axes_of, checked
 from ..constraints import Constraint, to_output_scale
 from ..op import Factors, case, factors_of_sum, scaled_op
 from ..scale import check_factor, scaled
@@ -81,6 +81,7 @@ def multiply(
     return jnp.multiply(x, y)
 
 
+@checked
 def weighted_add(
     *xs: Float[Array, "*shape"], weights: Sequence[float] | None = None
 ) -> Float[Array, "*shape"]:
@@ -117,21 +118,17 @@ Axis = int | tuple[int, ...] | None
 
 def _terms(x: Any, axis: Axis) -> int:
     """How many numbers are added up for each one of the result."""
-    try:
-        out = jax.eval_shape(ft.partial(jnp.sum, axis=axis), x)
-    except ValueError as e:
-        raise ValueError(
-            f"`axis` must name axes of `x`, each once, got {axis} for shape {x.shape}."
-        ) from e
-    return math.prod(x.shape) // max(out.size, 1)
+    rank = len(x.shape)
+    axes = range(rank) if axis is None else axes_of("axis", axis, rank)
+    return max(math.prod(x.shape[a] for a in axes), 1)
 
 
 def _sum_rule(x: Any, *, axis: Axis, **_: Any) -> Factors:
-    return Factors(max(_terms(x, axis), 1) ** -0.5, {"x": 1.0})
+    return Factors(_terms(x, axis) ** -0.5, {"x": 1.0})
 
 
 def _mean_rule(x: Any, *, axis: Axis, **_: Any) -> Factors:
-    n = max(_terms(x, axis), 1)
+    n = _terms(x, axis)
     return Factors(n**0.5, {"x": float(n)})
 
 

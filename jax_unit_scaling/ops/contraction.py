@@ -1,6 +1,7 @@
 """Products: of activations with parameters, and of two activations."""
 
 import functools as ft
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
-from ..arguments import check_broadcast
+from ..arguments import axes_of, check_broadcast
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats, quantize_bwd, quantize_fwd
 from ..op import AxisName, Factors, Zeros, case, factors_of_sum, scaled_op
@@ -125,7 +126,7 @@ def _linear_rule(
     batch_axes: int = 0,
     **_: Any,
 ) -> Factors:
-    axes = _axes(x, axis)
+    axes = axes_of("axis", axis, len(x.shape))
     if not 0 <= batch_axes <= len(x.shape):
         raise ValueError(
             f"`batch_axes` must be a number of `x`'s axes, got {batch_axes} for shape "
@@ -155,14 +156,6 @@ def _linear_rule(
         kernel=math.prod(kernel.shape),
         bias=math.prod(kernel.shape),  # summed over the batch, as each weight is
     )
-
-
-def _axes(x: Any, axis: int | Sequence[int]) -> tuple[int, ...]:
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    rank = len(x.shape)
-    if not all(-rank <= a < rank for a in axes):
-        raise ValueError(f"`axis` {axis} is out of range for `x` of shape {x.shape}.")
-    return tuple(a % rank for a in axes)
 
 
 _LINEAR_CASES = (
@@ -227,26 +220,58 @@ def linear(
 
     Reference: Unit Scaling (Blake et al., 2023), table A.2; u-muP, table 2.
     """
-    axes = _axes(x, axis)
+    axes = axes_of("axis", axis, x.ndim)
     batch = tuple(range(batch_axes))
     contracted = tuple(range(batch_axes, batch_axes + len(axes)))
     numbers = ((axes, contracted), (batch, batch))
-    options = _options(precision, preferred_element_type, out_sharding)
-    product = ft.partial(dot_general, dimension_numbers=numbers, **options)
+    product = given_options(
+        ft.partial(dot_general, dimension_numbers=numbers),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
     y = rounded(product, formats)(x, kernel)
     return y if bias is None else y + bias
 
 
-def _options(
-    precision: Any, preferred_element_type: DTypeLike | None, out_sharding: Any
-) -> dict[str, Any]:
-    """As in Flax: a user's own product need not know what is left None."""
-    options = {
-        "preferred_element_type": preferred_element_type,
-        "out_sharding": out_sharding,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    return {"precision": precision} | given
+def given_options(
+    product: Callable[..., Array],
+    *,
+    precision: Any,
+    preferred_element_type: DTypeLike | None,
+    out_sharding: Any = None,
+) -> Callable[[Array, Array], Array]:
+    """A product, maybe a user's own, with the options that are not None.
+
+    As in Flax it need not know the others. Nor need it know `preferred_element_type`,
+    which float16 sets by itself: then its operands are converted in its place.
+    """
+    options = {"precision": precision}
+    if out_sharding is not None:
+        options["out_sharding"] = out_sharding
+    if preferred_element_type is None:
+        return ft.partial(product, **options)
+    if _takes(product, "preferred_element_type"):
+        return ft.partial(
+            product, preferred_element_type=preferred_element_type, **options
+        )
+
+    def of_converted(lhs: Array, rhs: Array) -> Array:
+        wide = jnp.result_type(lhs, rhs, preferred_element_type)
+        y = product(lhs.astype(wide), rhs.astype(wide), **options)
+        return y.astype(preferred_element_type)
+
+    return of_converted
+
+
+def _takes(function: Callable[..., Any], keyword: str) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # some of those written in C have none
+        return True
+    return keyword in parameters or any(
+        p.kind is p.VAR_KEYWORD for p in parameters.values()
+    )
 
 
 @scaled_op(
@@ -481,8 +506,13 @@ def einsum_linear(
     `einsum`, with `kernel`'s, a parameter's, left out of the constraint; for `bias`
     (its size / the output's)^1/2.
     """
-    options = _options(precision, preferred_element_type, out_sharding)
-    y = rounded(ft.partial(einsum, subscripts, **options), formats)(x, kernel)
+    product = given_options(
+        ft.partial(einsum, subscripts),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+    y = rounded(product, formats)(x, kernel)
     return y if bias is None else y + bias
 
 

@@ -1,5 +1,6 @@
 """Convolutions and transposed convolutions, channels last, in any number of axes."""
 
+import functools as ft
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
 from ..op import AxisName, Factors, Zeros, case, factors_of_sum, scaled_op
-from .contraction import rounded
+from .contraction import given_options, rounded
 from .window import Pads, Window, count_hits, pads_of, per_axis
 
 PerAxis = int | Sequence[int] | None
@@ -138,7 +139,8 @@ def _convolve(
         channels_last, (last, last - 1, *range(last - 1)), channels_last
     )
 
-    def product(x: Array, kernel: Array) -> Array:
+    @ft.wraps(conv_general_dilated, updated=())
+    def product(x: Array, kernel: Array, **options: Any) -> Array:
         return conv_general_dilated(
             x,
             kernel,
@@ -148,11 +150,10 @@ def _convolve(
             rhs_dilation=tuple(w.dilation for w in windows),
             dimension_numbers=numbers,
             feature_group_count=feature_group_count,
-            # as Flax: a user's own convolution need not know what is not given
-            **{k: v for k, v in options.items() if v is not None},
+            **options,
         )
 
-    return rounded(product, formats)(x, kernel)
+    return rounded(given_options(product, **options), formats)(x, kernel)
 
 
 def _flat(x: Array, rank: int) -> Array:

@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, Num
 
 from ..arguments import checked
-from ..op import AxisName, axis_size, feature_pieces, varying
+from ..op import AxisName, axis_size, check_bound, feature_pieces, varying
 from ..scale import check_factor, scale_bwd, scale_fwd
 from .embedding import own_of_split
 
@@ -258,6 +258,7 @@ def _reduced(
     losses = scale_bwd(losses, factor)
     if reduction not in ("mean", "sum"):
         raise ValueError(f'`reduction` must be "mean" or "sum", got {reduction!r}.')
+    check_bound("batch_axis_name", names)
     if where is not None:
         _same_shape("where", where, losses.shape)
     total = sum_over(jnp.sum(losses, where=where), names)

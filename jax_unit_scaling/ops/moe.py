@@ -11,7 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from ..op import AxisName, axis_size
+from ..arguments import checked
+from ..op import AxisName, axis_size, check_bound
 from ..scale import check_factor, scale_bwd, scale_fwd, scaled
 from .loss import sum_over
 
@@ -40,6 +41,7 @@ class RouterLosses(NamedTuple):
     z_loss: Float[Array, ""]
 
 
+@checked
 def mixture_of_experts(
     router: Callable[[Array], Array],
     experts: Callable[[Array, Array], Array],
@@ -90,6 +92,9 @@ def mixture_of_experts(
             f"{num_selected}."
         )
     check_factor("mult", mult)
+    check_bound("batch_axis_name", batch_axis_name)
+    if not x.shape:
+        raise ValueError("`x` must be [*batch, features], got a scalar.")
     tokens = x.reshape(-1, x.shape[-1])
     scales = _router_scales(num_experts, num_selected, float(mult))
     # The cotangent of a weight is a product over the features.

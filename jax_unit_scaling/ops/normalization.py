@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from ..arguments import axes_of, check_broadcast, checked
 from ..op import AxisName, Factors, Zeros, case, scaled_op
 
 Axes = int | Sequence[int]
@@ -27,14 +28,10 @@ def _norm_rule(
         raise ValueError(f"`epsilon` must be 0 or more, got {epsilon}.")
     if not x.shape:
         raise ValueError("`x` must have an axis to normalise over, got a scalar.")
-    _axes(x, axis)
+    axes_of("axis", axis, len(x.shape))
     affine = {"scale": scale, "bias": bias}
     for name, p in {**affine, "where": where}.items():
-        if p is not None and not _broadcasts(p.shape, x.shape):
-            raise ValueError(
-                f"`{name}` must be broadcastable to `x` of shape {x.shape}, got shape "
-                f"{p.shape}."
-            )
+        check_broadcast(name, p, x.shape)
     if where is not None and where.dtype != jnp.bool_:
         raise TypeError(f"`where` must be an array of booleans, got {where.dtype}.")
     size = max(math.prod(x.shape), 1)
@@ -44,25 +41,6 @@ def _norm_rule(
         if p is not None
     }
     return Factors(1.0, {"x": 1.0, **bwd})
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    try:
-        return jnp.broadcast_shapes(shape, to) == to
-    except ValueError:
-        return False
-
-
-def _axes(x: Any, axis: Axes) -> tuple[int, ...]:
-    """Axes of `x`, sorted and counted from 0."""
-    rank = len(x.shape)
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    counted = sorted({a % rank for a in axes if -rank <= a < rank})
-    if len(counted) != len(axes):
-        raise ValueError(
-            f"`axis` must name axes of `x`, each once, got {axis} for shape {x.shape}."
-        )
-    return tuple(counted)
 
 
 def _rms_rule(x: Any, scale: Any = None, where: Any = None, **options: Any) -> Factors:
@@ -112,7 +90,7 @@ def layer_norm(
 
     Reference: Unit Scaling (Blake et al., 2023), table A.2.
     """
-    axes = _axes(x, axis)
+    axes = axes_of("axis", axis, x.ndim)
     mean = _averager(axes, where, axis_name, axis_index_groups)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - mean(wide)
@@ -144,7 +122,7 @@ def rms_norm(
 
     Factors: 1 forward and for `x`, batch^-1/2 for `scale`.
     """
-    axes = _axes(x, axis)
+    axes = axes_of("axis", axis, x.ndim)
     mean = _averager(axes, where, axis_name, axis_index_groups)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     y = wide * lax.rsqrt(mean(lax.square(wide)) + epsilon)
@@ -191,7 +169,8 @@ def _groups(x: Any, num_groups: int | None, group_size: int | None) -> int:
 def _group_axes(x: Any, axis: Axes | None) -> tuple[int, ...]:
     """What statistics are taken over, once the channels are [groups, group size]."""
     last = len(x.shape) - 1
-    axes = tuple(range(1, last + 1)) if axis is None else _axes(x, axis)
+    every = range(1, last + 1)
+    axes = every if axis is None else sorted(axes_of("axis", axis, last + 1))
     if last not in axes:
         raise ValueError(
             f"`axis` must hold the channels' axis, the last, got {axis} for `x` of "
@@ -266,6 +245,7 @@ def _affine(y: Array, x: Array, scale: Array | None, bias: Array | None) -> Arra
     return y.astype(jnp.result_type(x, *(p for p in (scale, bias) if p is not None)))
 
 
+@checked
 def spectral_norm(
     kernel: Float[Array, "*in out"],
     u: Float[Array, "1 out"],
@@ -280,9 +260,19 @@ def spectral_norm(
     rows of a matrix; and u and sigma, which get no gradient. So a unit-normal kernel
     stays as it is, and its gradient with it, but for the component along sigma.
 
+    Raises:
+        ValueError: if `u` is not [1, out], or there is no step.
+
     Reference: Spectral normalization (Miyato et al., 2018), section 2.1; the limit of
     the largest singular value is that of Bai & Yin (1988).
     """
+    if not kernel.shape or u.shape != (1, kernel.shape[-1]):
+        raise ValueError(
+            "`u` must be [1, out] for a `kernel` [*in, out], got shapes "
+            f"{u.shape} and {kernel.shape}."
+        )
+    if n_steps < 1:
+        raise ValueError(f"`n_steps` must be 1 or more, got {n_steps}.")
     matrix = kernel.reshape(-1, kernel.shape[-1])
     for _ in range(n_steps):
         v = _normalised(u @ matrix.T, epsilon)

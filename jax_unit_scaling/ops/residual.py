@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..arguments import checked
 from ..scale import check_factor, floating, times
 
 X = Float[Array, "*shape"]
@@ -45,6 +46,7 @@ def residual_add(residual: X, skip: X, *, tau: float = 1.0) -> X:
     return _join(residual.astype(dtype), skip.astype(dtype), float(tau))
 
 
+@checked
 def residual_apply(fn: Callable[[X], X], x: X, *, tau: float = 1.0) -> X:
     """The residual branch `(tau fn(x) + x) / sqrt(1 + tau^2)`, unit-scaled inside."""
     residual, skip = residual_split(x, tau=tau)
