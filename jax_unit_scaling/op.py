@@ -275,7 +275,6 @@ _ABOUT_FACTORS = ("constraint", "batch_axis_name", "in_axis_name", "out_axis_nam
 def _pieces(options: Mapping[str, Any], option: str) -> int:
     names = options.get(option)
     if option == "batch_axis_name":
-        check_bound(option, names)
         return axis_size(names)
     return feature_pieces(option, names)
 
@@ -294,7 +293,7 @@ def feature_pieces(option: str, names: AxisName | None) -> int:
             "what is the same on all devices, and sums cotangents too often or not at "
             "all."
         )
-    return math.prod(map(lax.axis_size, axis_names(names)))
+    return _size(names)
 
 
 def _shape_only(x: Any) -> Any:
@@ -304,8 +303,13 @@ def _shape_only(x: Any) -> Any:
 
 
 def axis_size(names: AxisName | None) -> int:
-    """How many pieces of the batch there are along the named axes."""
-    return _pieces({"batch_axis_name": names}, "batch_axis_name")
+    """How many pieces there are along the named axes, which split the batch."""
+    check_bound("batch_axis_name", names)
+    return _size(names)
+
+
+def _size(names: AxisName | None) -> int:
+    return math.prod(map(lax.axis_size, axis_names(names)))
 
 
 def check_bound(option: str, names: AxisName | None) -> None:
