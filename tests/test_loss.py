@@ -158,3 +158,24 @@ def test_on_a_split_batch_it_is_the_loss_of_the_whole(
         np.testing.assert_allclose(
             grads.reshape(want.shape), want, rtol=1e-6, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}])
+def test_cross_entropys_gradient_is_one_pass_over_the_logits(options):
+    # A gather's gradient would be a scatter into zeros, written and read once more.
+    logits, labels = jax.random.normal(jax.random.key(0), (8, 32)), jnp.arange(8)
+    grad = jax.grad(lambda x: jus.cross_entropy(x, labels, **options))
+    program = str(jax.make_jaxpr(grad)(logits))
+    assert "scatter" not in program and "gather" not in program
+
+
+def test_a_label_that_is_no_class_makes_the_loss_nan_unless_excluded():
+    logits = jax.random.normal(jax.random.key(0), (4, 5))
+    labels, last = jnp.array([0, 7, 2, -1]), jnp.array([0, 1, 2, 4])
+    assert jnp.isnan(jus.cross_entropy(logits, labels))
+    assert jnp.isnan(jus.cross_entropy(logits, labels - 6))
+    where = jnp.array([True, False, True, True])
+    got = jax.value_and_grad(jus.cross_entropy)(logits, labels, where=where)
+    want = jax.value_and_grad(jus.cross_entropy)(logits, last, where=where)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-6)

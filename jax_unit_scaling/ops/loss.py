@@ -44,9 +44,10 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Unit-scaled cross-entropy of softmax(mult logits) and `labels`, in nats.
 
-    A label that is not one of the classes 0, 1, .. makes the loss NaN, unless `where`
-    excludes it. `label_smoothing` is the share of each label that is spread over all;
-    `z_loss` the coefficient of log(sum(exp(mult logits)))^2, which is added.
+    Negative labels count from the last class; one that is no class makes the loss NaN,
+    unless `where` excludes it. `label_smoothing` is the share of each label that is
+    spread over all; `z_loss` the coefficient of log(sum(exp(mult logits)))^2, which is
+    added.
 
     Computed in float32 at least. The cotangent of `logits` is that of the sum, for n
     classes times n / sqrt((1 - label_smoothing)^2 (n - 1) + (2 z_loss log n)^2),
@@ -99,12 +100,16 @@ def _shifted(logits: Array, names: AxisName | None) -> tuple[Array, Array, Array
 
 def _of_labels(x: Array, labels: Array, names: AxisName | None) -> Array:
     """The element of each label, along the last axis; NaN for one that is no class."""
-    own, known = labels, (0 <= labels) & (labels < x.shape[-1])
-    if names is not None:
-        own, _, known = own_of_split(labels, x.shape[-1], names)
+    size = x.shape[-1]
+    if names is None:
+        own = jnp.where(labels < 0, labels + size, labels)
+        known = (own >= 0) & (own < size)
+    else:
+        own, inside, known = own_of_split(labels, size, names)
+        own = jnp.where(inside, own, -1)
     # A sum over classes, not a gather: the cotangent is then one pass over the logits,
     # where a gather's is a scatter into zeros that are written and read before.
-    chosen = own[..., None] == jnp.arange(x.shape[-1])
+    chosen = own[..., None] == jnp.arange(size)
     return jnp.where(known, _over(names, jnp.where(chosen, x, 0).sum(-1)), jnp.nan)
 
 
