@@ -36,6 +36,7 @@ import contextlib
 import dataclasses
 import functools as ft
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ class Side(NamedTuple):
     """What travels beside the values into a region or an equation."""
 
     shared: Any = None
-    probes: Mapping[str, Any] | None = None
+    probes: Any = None
 
     def of(self, key: str) -> "Side":
         """The side of one equation of this region."""
@@ -150,6 +151,12 @@ class Equation:
         return "/".join(s for s in (self.outer, own) if s)
 
     @property
+    def path(self) -> str:
+        """The scope without what differentiation and vmap wrote: the user's names."""
+        parts = re.sub(r"\w+\(|\)", "", self.scope).split("/")
+        return "/".join(p for p in parts if p and p != "rematted_computation")
+
+    @property
     def is_backward(self) -> bool:
         """Whether it belongs to a backward pass that differentiation has written down.
 
@@ -170,8 +177,17 @@ class Equation:
         """The name of the function that a jit or custom derivative calls, if any."""
         if "name" in self.params:
             return str(self.params["name"])
-        info = getattr(_open(self.params.get("call_jaxpr"))[0], "debug_info", None)
-        return str(getattr(info, "func_name", "")).split(" ")[0]
+        return str(getattr(self._debug_info, "func_name", ""))
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it calls a function with a derivative of its own of this library."""
+        return _PACKAGE in str(getattr(self._debug_info, "func_src_info", ""))
+
+    @property
+    def _debug_info(self) -> Any:
+        jaxpr, _ = _open(self.params.get("call_jaxpr"))
+        return getattr(jaxpr, "debug_info", None)
 
     @ft.cached_property
     def regions(self) -> tuple[Region, ...]:
@@ -378,27 +394,23 @@ def _jit(self: Interpreter, equation: Equation, side: Side, args: Any) -> Outs:
         return self.run(region, side, args)
 
     called.__name__ = called.__qualname__ = params["name"]
-    shardings = {}
+    options: dict[str, Any] = {
+        "donate_argnums": [i + 1 for i, d in enumerate(params["donated_invars"]) if d],
+        "keep_unused": params["keep_unused"],
+        "inline": params["inline"],
+        "compiler_options": dict(params["compiler_options_kvs"]) or None,
+    }
     if any(isinstance(s, jax.sharding.Sharding) for s in params["in_shardings"]):
-        shardings["in_shardings"] = (None, *params["in_shardings"])
+        options["in_shardings"] = (None, *params["in_shardings"])
     if any(isinstance(s, jax.sharding.Sharding) for s in params["out_shardings"]):
-        shardings["out_shardings"] = (list(params["out_shardings"]), None)
-    jitted = jax.jit(
-        called,
-        donate_argnums=[i + 1 for i, d in enumerate(params["donated_invars"]) if d],
-        keep_unused=params["keep_unused"],
-        inline=params["inline"],
-        compiler_options=dict(params["compiler_options_kvs"]) or None,
-        **shardings,
-    )
-    return jitted(side, *args)
+        options["out_shardings"] = (list(params["out_shardings"]), None)
+    return jax.jit(called, **options)(side, *args)
 
 
 def _scan(self: Interpreter, equation: Equation, side: Side, args: Any) -> Outs:
     (region,), params = equation.regions, equation.params
     n_consts, n_carry = _scan_lengths(params)
-    consts, init, xs = np.split(np.arange(len(args)), [n_consts, n_consts + n_carry])
-    consts, init, xs = ([args[i] for i in part] for part in (consts, init, xs))
+    consts, init = args[:n_consts], args[n_consts : n_consts + n_carry]
     steps = None if side.shared is None else jnp.arange(params["length"])
 
     def body(carry: Any, x: Any) -> Any:
@@ -411,7 +423,7 @@ def _scan(self: Interpreter, equation: Equation, side: Side, args: Any) -> Outs:
     carry, (ys, records) = lax.scan(
         body,
         init,
-        (steps, side.probes, xs),
+        (steps, side.probes, args[n_consts + n_carry :]),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -560,8 +572,9 @@ def _custom(self: Interpreter, equation: Equation, side: Side, args: Any) -> Out
 
     def interpret(fn: Callable[..., Any], n: int, shared: Any, *args: Any) -> Any:
         inner, leaves, tree = trace(fn, *args)
+        scope = f"{equation.scope}/transpose()" if fn is transpose else equation.scope
         place = (*equation.place, n)
-        inner = dataclasses.replace(inner, place=place, scope=equation.scope)
+        inner = dataclasses.replace(inner, place=place, scope=scope)
         # Of the transposed rule the last arguments are cotangents.
         count = len(leaves) - len(jax.tree.leaves(args[0])) if fn is transpose else 0
         self.begin(inner, [i >= len(leaves) - count for i in range(len(leaves))])
@@ -704,21 +717,16 @@ def transform(
         make: gives the interpreter for a jaxpr, and what travels beside its inputs.
         finish: makes the result of fn's, the interpreter and the records.
     """
-    if (owner := getattr(fn, "__self__", None)) is not None and hasattr(fn, "__func__"):
-        method, fn = fn.__func__, owner
-    else:
-        method = None
 
-    @ft.wraps(fn if method is None else method, updated=())
+    @ft.wraps(fn, updated=())
     def transformed(*args: Any, **kwargs: Any) -> Any:
-        call = Call(fn, method, args, kwargs)
+        call = Call(fn, args, kwargs)
         interpreter, side = make(call.region)
         interpreter.begin(call.region, [False] * len(call.leaves))
         inputs = list(map(interpreter.lift, call.leaves))
         outs, records = interpreter.run(call.region, side, inputs)
-        return finish(
-            call.result(list(map(interpreter.lower, outs))), interpreter, records
-        )
+        out = call.result(list(map(interpreter.lower, outs)))
+        return finish(out, interpreter, records)
 
     return transformed
 
@@ -741,8 +749,10 @@ class Call:
     """
 
     def __init__(
-        self, fn: Any, method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ):
+        self, fn: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        method = getattr(fn, "__func__", None)
+        fn = fn if method is None else fn.__self__
         everything = {"fn": fn, "args": args, "kwargs": kwargs}
         paths, parts, tree = _flatten(everything, _is_variable)
         self._variables = _distinct([x for x in parts if _is_variable(x)])
