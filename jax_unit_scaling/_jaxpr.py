@@ -145,8 +145,8 @@ class Equation:
 
     @ft.cached_property
     def scope(self) -> str:
-        """The name stack, from the outermost: what `jax.named_scope` and Linen's modules
-        wrote, with `jvp(..)` and `transpose(..)` around what differentiation made."""
+        """The name stack, from the outermost in: what `jax.named_scope` and Linen's
+        modules wrote, with `jvp(..)` and `transpose(..)` around what differentiation made."""
         own = str(self.eqn.source_info.name_stack)
         return "/".join(s for s in (self.outer, own) if s)
 
@@ -166,7 +166,7 @@ class Equation:
 
     @ft.cached_property
     def source(self) -> str:
-        """`file:line` of the innermost call outside of installed packages and this one."""
+        """`file:line` of the innermost call outside of installed packages."""
         frames = source_info_util.summarize(self.eqn.source_info, num_frames=32)
         lines = [line.strip() for line in frames.splitlines()]
         own = [x for x in lines if "site-packages" not in x and _PACKAGE not in x]
@@ -181,12 +181,13 @@ class Equation:
 
     @property
     def is_own(self) -> bool:
-        """Whether it calls a function with a derivative of its own of this library."""
+        """Whether what it calls is a function of this library, as `quantize` is."""
         return _PACKAGE in str(getattr(self._debug_info, "func_src_info", ""))
 
     @property
     def _debug_info(self) -> Any:
-        jaxpr, _ = _open(self.params.get("call_jaxpr"))
+        params = self.params
+        jaxpr, _ = _open(params.get("call_jaxpr", params.get("jaxpr")))
         return getattr(jaxpr, "debug_info", None)
 
     @ft.cached_property
@@ -301,8 +302,8 @@ class Interpreter:
         """Told of each equation that holds what is wanted and cannot be opened."""
 
     def begin(self, region: Region, cotangents: Sequence[bool]) -> None:
-        """Told of each jaxpr before it is run: the function's, and those of the rules of
-        custom derivatives, with which of the inputs are cotangents."""
+        """Told of each jaxpr before it is run: the function's, and those of the rules
+        of custom derivatives, with which of the inputs are cotangents."""
 
     def at(self, shared: Any, index: Any) -> Any:
         """`shared` in iteration or on device `index`; not called if it is None."""
@@ -548,8 +549,8 @@ def _shard_map(self: Interpreter, equation: Equation, side: Side, args: Any) -> 
 def _custom(self: Interpreter, equation: Equation, side: Side, args: Any) -> Outs:
     """A function with a derivative of its own, opened.
 
-    The function and its rule for the backward pass are both interpreted. Forward mode is
-    lost, where there was one.
+    The function and its rule for the backward pass are both interpreted. Forward mode
+    is lost, where there was one.
 
     The rule is what `jax.vjp` of the equation itself traces, only when it is asked for.
     """
@@ -640,11 +641,13 @@ def flow(
     *,
     join: Callable[[Any, Any], Any],
     bottom: Any,
+    literal: Callable[[Equation, Any], Any] | None = None,
 ) -> list[Any]:
     """Propagates facts about a region's inputs to its outputs.
 
     `transfer` gives the facts about an equation's outputs from those about its inputs;
-    of literals and constants `bottom` is known. Equations that can be opened are: their
+    of constants `bottom` is known, and of literals what `literal` says of their value in
+    an equation (or `bottom`). Equations that can be opened are: their
     branches are joined, and loops are run through until nothing changes, so that `join`
     must grow and end (and `transfer` see an equation once more each time).
     """
@@ -657,7 +660,9 @@ def flow(
     def inside(inner: Region, given: list[Any]) -> list[Any]:
         inputs = [given[i] for i in inner.inputs]
         while True:
-            outs = flow(inner, inputs, transfer, join=join, bottom=bottom)
+            outs = flow(
+                inner, inputs, transfer, join=join, bottom=bottom, literal=literal
+            )
             old = list(inputs)
             for out, into in inner.carry:
                 inputs[into] = join(inputs[into], outs[out])
@@ -665,7 +670,10 @@ def flow(
                 return outs
 
     for equation in region.equations:
-        given = [read(v) for v in equation.invars]
+        given = [
+            literal(equation, v.val) if literal and is_literal(v) else read(v)
+            for v in equation.invars
+        ]
         if equation.can_be_opened:
             # A loop that does not run gives back what it was given.
             outs = [bottom] * len(equation.outvars)

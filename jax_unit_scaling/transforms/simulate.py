@@ -174,9 +174,14 @@ class _Simulate(Interpreter):
         self._cotangent: dict[tuple[int, ...], int | None] = {}
 
     def begin(self, region: Region, cotangents: Sequence[bool]) -> None:
-        facts = [_YES if c else _PERHAPS for c in cotangents]
-        if any(cotangents):  # what else a rule is given are residuals
-            facts = [_YES if c else _NO for c in cotangents]
+        # Of its arguments a function may be given one, for a `jax.vjp` inside; not if
+        # it is a rule, or starts one itself.
+        starts = any(cotangents) or any(
+            _starts(equation, v.val) == _YES
+            for equation in region.walk()
+            for v in filter(is_literal, equation.invars)
+        )
+        facts = [_YES if c else _NO if starts else _PERHAPS for c in cotangents]
 
         def transfer(equation: Equation, given: list[int]) -> list[int]:
             fact, operands = _of_cotangents(equation, given)
@@ -184,7 +189,7 @@ class _Simulate(Interpreter):
                 self._cotangent[equation.place] = operands
             return [fact] * len(equation.outvars)
 
-        flow(region, facts, transfer, join=max, bottom=_NO)
+        flow(region, facts, transfer, join=max, bottom=_NO, literal=_starts)
 
     def wants(self, equation: Equation) -> bool:
         return _is_product(equation)
@@ -201,7 +206,8 @@ class _Simulate(Interpreter):
             return self.leave(equation, *args), None
         if not isinstance(formats, Formats):
             raise TypeError(
-                f"`choose` must return `Formats` or None, got {formats!r} for {product}."
+                f"`choose` must return `Formats` or None, got {formats!r} for "
+                f"{product}."
             )
         cotangent = self._cotangent.get(equation.place)
         keys = side.shared or (None, None)
@@ -230,8 +236,8 @@ class _Simulate(Interpreter):
                 warnings.warn(
                     f"simulate_format leaves {product.primitive} in "
                     f"{product.path or '<no scope>'} ({product.source}) as it is: "
-                    f"{equation.primitive} around it cannot be opened. To say that this "
-                    "is meant, let `choose` return None for it.",
+                    f"{equation.primitive} around it cannot be opened. If that is "
+                    "meant, let `choose` return None for it.",
                     stacklevel=2,
                 )
 
@@ -247,24 +253,26 @@ def _within(equation: Equation) -> Iterator[Product]:
 # -- Which operand is the cotangent ----------------------------------------------------
 
 # Whether a value depends on the cotangent that a backward pass starts from. Of a
-# function's own arguments it cannot be known: `jax.vjp` inside may be given one.
+# function's own arguments it cannot always be known.
 _NO, _PERHAPS, _YES = 0, 1, 2
 
 
 def _of_cotangents(equation: Equation, given: list[int]) -> tuple[int, int | None]:
-    """What holds for an equation's outputs, and which operand is a cotangent, if any."""
+    """What holds for an equation's outputs, and which operand is a cotangent."""
     if not equation.is_backward:
         return _NO, None
-    # A gradient starts from a one, which is then the only literal that can matter.
-    facts = [
-        _YES if is_literal(v) and np.size(v.val) == 1 and np.all(v.val == 1) else fact
-        for v, fact in zip(equation.invars, given, strict=True)
-    ]
-    fact = _YES if all(map(is_literal, equation.invars)) else max(facts)
-    if fact == _NO or len(facts) < 2:
+    fact = max(given, default=_NO)
+    if fact == _NO or len(given) < 2:
         return fact, None
     # JAX's own transposed dots have it on the left.
-    return fact, int(facts[1] > facts[0])
+    return fact, int(given[1] > given[0])
+
+
+def _starts(equation: Equation, value: Any) -> int:
+    """A gradient starts from a one, the only literal of a backward pass that matters."""
+    is_one = np.size(value) == 1 and bool(np.all(np.asarray(value) == 1))
+    floating = jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    return _YES if equation.is_backward and floating and is_one else _NO
 
 
 def _check_key(name: str, key: Any) -> Any:
