@@ -146,7 +146,7 @@ class Equation:
     @ft.cached_property
     def scope(self) -> str:
         """The name stack, from the outermost in: what `jax.named_scope` and Linen's
-        modules wrote, with `jvp(..)` and `transpose(..)` around what differentiation made."""
+        modules wrote, and `jvp(..)` and `transpose(..)` of differentiation."""
         own = str(self.eqn.source_info.name_stack)
         return "/".join(s for s in (self.outer, own) if s)
 
@@ -646,8 +646,8 @@ def flow(
     """Propagates facts about a region's inputs to its outputs.
 
     `transfer` gives the facts about an equation's outputs from those about its inputs;
-    of constants `bottom` is known, and of literals what `literal` says of their value in
-    an equation (or `bottom`). Equations that can be opened are: their
+    of constants `bottom` is known, and of literals what `literal` says of their value
+    in an equation (or `bottom`). Equations that can be opened are: their
     branches are joined, and loops are run through until nothing changes, so that `join`
     must grow and end (and `transfer` see an equation once more each time).
     """

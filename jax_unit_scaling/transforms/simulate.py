@@ -259,7 +259,7 @@ _NO, _PERHAPS, _YES = 0, 1, 2
 
 def _of_cotangents(equation: Equation, given: list[int]) -> tuple[int, int | None]:
     """What holds for an equation's outputs, and which operand is a cotangent."""
-    if not equation.is_backward:
+    if not _may_be_backward(equation):
         return _NO, None
     fact = max(given, default=_NO)
     if fact == _NO or len(given) < 2:
@@ -269,10 +269,15 @@ def _of_cotangents(equation: Equation, given: list[int]) -> tuple[int, int | Non
 
 
 def _starts(equation: Equation, value: Any) -> int:
-    """A gradient starts from a one, the only literal of a backward pass that matters."""
+    """A gradient starts from a one: the only literal there that matters."""
     is_one = np.size(value) == 1 and bool(np.all(np.asarray(value) == 1))
     floating = jnp.issubdtype(jnp.result_type(value), jnp.floating)
-    return _YES if equation.is_backward and floating and is_one else _NO
+    return _YES if _may_be_backward(equation) and floating and is_one else _NO
+
+
+def _may_be_backward(equation: Equation) -> bool:
+    # In front of a `shard_map` the first one is resharded, outside of any name stack.
+    return equation.is_backward or equation.primitive == "reshard"
 
 
 def _check_key(name: str, key: Any) -> Any:

@@ -25,17 +25,19 @@ FORMATS: Mapping[str, Format] = {"FP16": FP16, "E5M2": E5M2, "E4M3": E4M3}
 
 
 class Stats(NamedTuple):
-    """Sums over a tensor's elements; inside a scan with an axis for the iterations.
+    """What a tensor's elements are like; in a scan with an axis for the iterations.
 
+    `scale` is their root mean square, `largest` and `smallest` are magnitudes, the
+    smallest that of those that are not zero. All else are counts, and `total` their sum.
     `histogram[i]` elements have magnitudes in [2^(i + LOWEST), 2^(i + LOWEST + 1)); the
     first and the last binade also count what lies beyond. `underflow` and `overflow`
     count for each format what would round to zero, and what lies beyond its largest
     number.
     """
 
-    count: Float[Array, "..."]
+    size: Float[Array, "..."]
     total: Float[Array, "..."]
-    squares: Float[Array, "..."]
+    scale: Float[Array, "..."]
     largest: Float[Array, "..."]
     smallest: Float[Array, "..."]
     zeros: Float[Array, "..."]
@@ -44,17 +46,13 @@ class Stats(NamedTuple):
     overflow: Float[Array, "... formats"]
 
     @property
-    def scale(self) -> Array:
-        """The root mean square."""
-        return jnp.sqrt(self.squares / self.count)
-
-    @property
     def mean(self) -> Array:
-        return self.total / self.count
+        return self.total / self.size
 
     @property
     def std(self) -> Array:
-        return jnp.sqrt(jnp.maximum(self.squares / self.count - self.mean**2, 0))
+        share = self.mean / jnp.where(self.scale > 0, self.scale, 1)
+        return self.scale * jnp.sqrt(jnp.maximum(1 - share**2, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +134,11 @@ def track_scales(
 
     Tracked are its arguments and what each equation gives, also inside jit, scan (with
     an axis for the iterations), cond, remat and shard_map (over all devices); a function
-    with a derivative of its own counts as one equation. Of a while loop all iterations
-    come as one.
+    with a derivative of its own counts as one equation. Of a while loop all
+    iterations come as one.
 
-    If `fn` differentiates (`jax.value_and_grad(loss)`), the tensors of its backward pass
-    are among them, as `is_backward`. For each tensor's cotangent beside the tensor see
+    If `fn` differentiates (`jax.value_and_grad(loss)`), the tensors of its backward
+    pass are among them, as `is_backward`. For each tensor's cotangent beside the tensor see
     `track_value_and_grad`.
 
     Args:
@@ -301,7 +299,9 @@ class _Track(Interpreter):
         def one(tensor: Tensor) -> Tensor:
             stats = tensor.forward
             merged = Stats(*(x.sum(0) for x in stats))._replace(
-                largest=stats.largest.max(0), smallest=stats.smallest.min(0)
+                scale=_rms(stats.scale, stats.size, 0),
+                largest=stats.largest.max(0),
+                smallest=stats.smallest.min(0),
             )
             return dataclasses.replace(tensor, forward=merged)
 
@@ -336,9 +336,9 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
         return jnp.stack(found) if found else jnp.zeros(0)
 
     return Stats(
-        count=count(size == size) + count(size != size),
+        size=count(size >= 0) + count(jnp.isnan(size)),
         total=x.sum(),
-        squares=jnp.sum(x * x),
+        scale=_rms(size, jnp.ones_like(size), axes),
         largest=size.max(initial=0.0),
         smallest=jnp.where(size > 0, size, jnp.inf).min(initial=jnp.inf),
         zeros=count(size == 0),
@@ -349,6 +349,15 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
         ),
         overflow=each([count(size > f.max) for f in formats]),
     )
+
+
+def _rms(x: Array, weight: Array, axis: int | tuple[int, ...]) -> Array:
+    """The root of the weighted mean of squares, none of which overflows."""
+    top = x.max(axis, keepdims=True, initial=0.0)
+    relative = x / jnp.where(top > 0, top, 1)
+    weights = jnp.maximum(weight.sum(axis), 1)
+    mean = jnp.sum(weight * relative**2, axis) / weights
+    return jnp.squeeze(top, axis) * jnp.sqrt(mean)
 
 
 def _scales(records: Any, caught: Any, formats: Mapping[str, Format]) -> Scales:
