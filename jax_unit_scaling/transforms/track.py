@@ -27,8 +27,8 @@ FORMATS: Mapping[str, Format] = {"FP16": FP16, "E5M2": E5M2, "E4M3": E4M3}
 class Stats(NamedTuple):
     """What a tensor's elements are like; in a scan with an axis for the iterations.
 
-    `scale` is their root mean square, `largest` and `smallest` are magnitudes, the
-    smallest that of those that are not zero. All else are counts, and `total` their sum.
+    `scale` is their root mean square; `largest` and `smallest` are magnitudes, the
+    latter of those that are not zero; `total` is a sum, and all else are counts.
     `histogram[i]` elements have magnitudes in [2^(i + LOWEST), 2^(i + LOWEST + 1)); the
     first and the last binade also count what lies beyond. `underflow` and `overflow`
     count for each format what would round to zero, and what lies beyond its largest
@@ -133,13 +133,13 @@ def track_scales(
     """`fn`, which then also returns the statistics of every floating-point tensor.
 
     Tracked are its arguments and what each equation gives, also inside jit, scan (with
-    an axis for the iterations), cond, remat and shard_map (over all devices); a function
-    with a derivative of its own counts as one equation. Of a while loop all
-    iterations come as one.
+    an axis for the iterations), cond, remat and shard_map (over all devices);
+    a function with a derivative of its own counts as one equation. Of a while loop
+    all iterations come as one.
 
     If `fn` differentiates (`jax.value_and_grad(loss)`), the tensors of its backward
-    pass are among them, as `is_backward`. For each tensor's cotangent beside the tensor see
-    `track_value_and_grad`.
+    pass are among them, as `is_backward`. For each tensor's cotangent beside the
+    tensor see `track_value_and_grad`.
 
     Args:
         formats: for these, by name, under- and overflows are counted.
