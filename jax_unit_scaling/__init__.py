@@ -119,6 +119,17 @@ from .scale import (
     scale_fwd as scale_fwd,
     scaled as scaled,
 )
+from .transforms.simulate import (
+    Product as Product,
+    products as products,
+    simulate_format as simulate_format,
+    simulate_fp8 as simulate_fp8,
+)
+from .transforms.track import (
+    Scales as Scales,
+    track_scales as track_scales,
+    track_value_and_grad as track_value_and_grad,
+)
 
 # A Linen module is a dataclass, whose methods are compiled at import: as many as these
 # take as long as all the rest. So `linen` is imported when it is first used.

@@ -11,16 +11,16 @@ ROOT = Path(__file__).parent.parent / "jax_unit_scaling"
 # A file imports from floors below its own, or from a sibling.
 FLOORS = [
     {"scale", "constraints", "moments", "formats"},
-    {"arguments", "op", "parameters"},
+    {"_jaxpr", "arguments", "op", "parameters"},
     {"ops"},
     {"layers"},
-    {"nnx", "linen"},
+    {"nnx", "linen", "transforms"},
     {"analysis", "optim"},
     {"__init__"},
 ]
 # Each framework has one door.
 DOORS = {
-    "flax": {"nnx", "linen"},
+    "flax": {"nnx", "linen", "transforms"},
     "optax": {"optim"},
     "matplotlib": {"analysis"},
     "rich": {"analysis"},
@@ -57,6 +57,8 @@ def test_a_file_imports_from_floors_below_or_from_a_sibling(path):
             assert top != "jax_unit_scaling", f"{path} imports the package root"
             assert _room(path) in DOORS.get(top, {_room(path)}), f"{path}: {module}"
             assert not module.startswith("jax._src"), f"{path} imports {module}"
+            extends = module.startswith("jax.extend")
+            assert not extends or _room(path) == "_jaxpr", f"{path}: {module}"
         elif level == len(path.parts):  # from the package's top folder
             assert _floor(module.split(".")[0]) <= own, f"{path} imports {module}"
 

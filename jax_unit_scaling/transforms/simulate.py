@@ -1,0 +1,292 @@
+"""Simulated number formats: any function, with its products on rounded operands.
+
+A product y = x w with cotangent g is computed as q(x) q(w), and its backward products
+as r(g) q(w) and r(g) q(x), where q rounds to the forward format and r to the backward
+one: what hardware does that multiplies 8-bit operands and adds up in a wider format.
+"""
+
+import dataclasses
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from .._jaxpr import (
+    Call,
+    Equation,
+    Interpreter,
+    Region,
+    Side,
+    flow,
+    is_literal,
+    transform,
+)
+from ..formats import E4M3, E5M2, Format, Formats, quantize_bwd, quantize_fwd
+
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product in a function, as `choose` sees it.
+
+    Attributes:
+        primitive: its JAX primitive, one of `PRODUCTS`.
+        path: the names around it, "/" between: of Linen's modules, `jax.named_scope`.
+        source: the file and line, and the function in it.
+        lhs, rhs, out: the shapes of its operands and result.
+        dtype: of the left operand.
+        is_backward: whether it is part of a backward pass that is written down in the
+            function already, as in `jax.grad(loss)`.
+        inside: the primitive of an equation around it that cannot be opened, or "".
+    """
+
+    primitive: str
+    path: str
+    source: str
+    lhs: tuple[int, ...]
+    rhs: tuple[int, ...]
+    out: tuple[int, ...]
+    dtype: np.dtype
+    is_backward: bool
+    inside: str = ""
+
+
+Choice = Callable[[Product], Formats | None]
+
+
+def simulate_format(
+    fn: Callable[..., Any],
+    fwd: Format | None = E4M3,
+    bwd: Format | None = E5M2,
+    *,
+    choose: Choice | None = None,
+    fwd_key: Key[Array, ""] | None = None,
+    bwd_key: Key[Array, ""] | None = None,
+) -> Callable[..., Any]:
+    """`fn` with every product (dot, convolution, ragged dot) in simulated formats.
+
+    Operands are rounded to `fwd`, and the cotangent of the result to `bwd` before the
+    backward products; all is computed in the dtypes that `fn` has. Rounding saturates,
+    and its own gradient is the identity. All else is computed as it was.
+
+    Apply it to a loss, inside of `jax.grad`, or to a function that differentiates
+    already: there the products of the backward pass round their residual to `fwd` and
+    their cotangent to `bwd`. Functions with a `custom_vjp` keep it, and the products in
+    both their passes are rounded; so do those with a `custom_jvp` that has a product
+    in the function itself (forward mode then raises).
+
+    Args:
+        fn: a function of arrays, pytrees and Flax or Equinox modules, or a module.
+        fwd: the operands' format; None for no rounding.
+        bwd: the cotangent's format; None for no rounding.
+        choose: gives the formats of each `Product` in place of `fwd` and `bwd`; None
+            leaves one out: `lambda p: None if "readout" in p.path else SIMULATED_FP8`.
+        fwd_key: a random key for stochastic rounding of the operands. Each operand of
+            each product draws afresh, in each step of a loop and on each device of a
+            `shard_map`; under `jax.vmap` examples share the draw, as with any key.
+        bwd_key: the same for cotangents. For a new draw at each training step pass a
+            new key: transform the loss inside the step.
+
+    Returns:
+        A function like `fn`; compile it with `jax.jit`, else each call traces anew.
+
+    Raises:
+        TypeError: if a format is not a `Format`, or a key not a typed key.
+
+    Warns:
+        UserWarning: of products that are left as they were because what is around them
+            (a Pallas kernel, a linear solve) cannot be opened.
+
+    Reference: Unit Scaling (Blake et al., 2023), section 2.2 and appendix; FP8 formats
+    for deep learning (Micikevicius et al., 2022).
+    """
+    formats = Formats(fwd, bwd)
+    if not callable(fn):
+        raise TypeError(f"`fn` must be a function or a module, got {fn!r}.")
+    keys = (_check_key("fwd_key", fwd_key), _check_key("bwd_key", bwd_key))
+    pick = (lambda _: formats) if choose is None else choose
+    shared = None if keys == (None, None) else keys
+    return transform(fn, lambda region: (_Simulate(pick), Side(shared)))
+
+
+def simulate_fp8(
+    fn: Callable[..., Any],
+    *,
+    choose: Choice | None = None,
+    fwd_key: Key[Array, ""] | None = None,
+    bwd_key: Key[Array, ""] | None = None,
+) -> Callable[..., Any]:
+    """`simulate_format` in FP8: E4M3 operands, E5M2 cotangents."""
+    return simulate_format(
+        fn, E4M3, E5M2, choose=choose, fwd_key=fwd_key, bwd_key=bwd_key
+    )
+
+
+def products(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Product]:
+    """The products that `fn` computes for these arguments, in order.
+
+    What `simulate_format` would do with each is `choose(product)`; those with `inside`
+    are out of its reach.
+    """
+    return list(_products(Call(fn, args, kwargs).region, ""))
+
+
+def _products(region: Region, inside: str) -> Iterator[Product]:
+    for equation in region.equations:
+        if _is_product(equation):
+            yield _product(equation, inside)
+        closed = inside or ("" if equation.can_be_opened else equation.primitive)
+        for inner in equation.regions:
+            yield from _products(inner, closed)
+
+
+def _is_product(equation: Equation) -> bool:
+    return equation.primitive in PRODUCTS and all(
+        jnp.issubdtype(aval.dtype, jnp.floating) and jnp.finfo(aval.dtype).bits >= 16
+        for aval in equation.in_avals[:2]
+    )
+
+
+def _product(equation: Equation, inside: str = "") -> Product:
+    lhs, rhs = equation.in_avals[:2]
+    return Product(
+        equation.primitive,
+        equation.path,
+        equation.source,
+        lhs.shape,
+        rhs.shape,
+        equation.out_avals[0].shape,
+        np.dtype(lhs.dtype),
+        equation.is_backward,
+        inside,
+    )
+
+
+class _Simulate(Interpreter):
+    def __init__(self, choose: Choice) -> None:
+        self._choose = choose
+        self._cotangent: dict[tuple[int, ...], int | None] = {}
+
+    def begin(self, region: Region, cotangents: Sequence[bool]) -> None:
+        # Of its arguments a function may be given one, for a `jax.vjp` inside; not if
+        # it is a rule, or starts one itself.
+        starts = any(cotangents) or any(
+            _starts(equation, v.val) == _YES
+            for equation in region.walk()
+            for v in filter(is_literal, equation.invars)
+        )
+        facts = [_YES if c else _NO if starts else _PERHAPS for c in cotangents]
+
+        def transfer(equation: Equation, given: list[int]) -> list[int]:
+            fact, operands = _of_cotangents(equation, given)
+            if _is_product(equation):
+                self._cotangent[equation.place] = operands
+            return [fact] * len(equation.outvars)
+
+        flow(region, facts, transfer, join=max, bottom=_NO, literal=_starts)
+
+    def wants(self, equation: Equation) -> bool:
+        return _is_product(equation)
+
+    def opens(self, equation: Equation) -> bool:
+        return equation.primitive == "custom_vjp_call" and not equation.is_own
+
+    def rewrite(
+        self, equation: Equation, side: Side, *args: Any
+    ) -> tuple[Sequence[Any], None]:
+        product = _product(equation)
+        formats = self._choose(product)
+        if formats is None:
+            return self.leave(equation, *args), None
+        if not isinstance(formats, Formats):
+            raise TypeError(
+                f"`choose` must return `Formats` or None, got {formats!r} for "
+                f"{product}."
+            )
+        cotangent = self._cotangent.get(equation.place)
+        keys = side.shared or (None, None)
+
+        def rounded(i: int, x: Any) -> Any:
+            backward = i == cotangent
+            format = formats.bwd if backward else formats.fwd
+            return x if format is None else quantize_fwd(x, format, key(backward, i))
+
+        def key(backward: bool, i: int) -> Any:
+            if (key := keys[backward]) is None:
+                return None
+            # A number of its own for each operand of each equation.
+            number = zlib.crc32(repr((equation.place, i)).encode()) >> 1
+            return jax.random.fold_in(key, number)
+
+        operands = [rounded(i, x) for i, x in enumerate(args[:2])]
+        (y,) = equation.bind(*operands, *args[2:])
+        if cotangent is None and formats.bwd is not None:
+            y = quantize_bwd(y, formats.bwd, key(True, 2))
+        return [y], None
+
+    def left(self, equation: Equation) -> None:
+        for product in _within(equation):
+            if self._choose(product) is not None:
+                warnings.warn(
+                    f"simulate_format leaves {product.primitive} in "
+                    f"{product.path or '<no scope>'} ({product.source}) as it is: "
+                    f"{equation.primitive} around it cannot be opened. If that is "
+                    "meant, let `choose` return None for it.",
+                    stacklevel=2,
+                )
+
+    def at(self, shared: Any, index: Any) -> Any:
+        return tuple(k if k is None else jax.random.fold_in(k, index) for k in shared)
+
+
+def _within(equation: Equation) -> Iterator[Product]:
+    for region in equation.regions:
+        yield from _products(region, equation.primitive)
+
+
+# -- Which operand is the cotangent ----------------------------------------------------
+
+# Whether a value depends on the cotangent that a backward pass starts from. Of a
+# function's own arguments it cannot always be known.
+_NO, _PERHAPS, _YES = 0, 1, 2
+
+
+def _of_cotangents(equation: Equation, given: list[int]) -> tuple[int, int | None]:
+    """What holds for an equation's outputs, and which operand is a cotangent."""
+    if not _may_be_backward(equation):
+        return _NO, None
+    fact = max(given, default=_NO)
+    if fact == _NO or len(given) < 2:
+        return fact, None
+    # JAX's own transposed dots have it on the left.
+    return fact, int(given[1] > given[0])
+
+
+def _starts(equation: Equation, value: Any) -> int:
+    """A gradient starts from a one: the only literal there that matters."""
+    is_one = np.size(value) == 1 and bool(np.all(np.asarray(value) == 1))
+    floating = jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    return _YES if _may_be_backward(equation) and floating and is_one else _NO
+
+
+def _may_be_backward(equation: Equation) -> bool:
+    # In front of a `shard_map` the first one is resharded, outside of any name stack.
+    return equation.is_backward or equation.primitive == "reshard"
+
+
+def _check_key(name: str, key: Any) -> Any:
+    if key is None:
+        return None
+    dtype = getattr(key, "dtype", np.dtype(object))
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"`{name}` must be a typed random key, as `jax.random.key(0)` gives, got "
+            f"{key!r}; `jax.random.wrap_key_data` makes one of a raw key."
+        )
+    return key

@@ -1,0 +1,384 @@
+"""The scales of all tensors in a function, forward and backward, in a few numbers each.
+
+A tensor's cotangent is caught by a probe: an argument with the statistics' shape that
+takes no part in the function, whose own cotangent is set to the statistics of the
+tensor's. So everything stays a pure function, and the memory is that of the numbers.
+"""
+
+import dataclasses
+import functools as ft
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from .._jaxpr import Call, Equation, Interpreter, Side
+from ..formats import E4M3, E5M2, FP16, Format
+
+# The binades of a histogram: below lies what no 16-bit float format but bfloat16 holds.
+LOWEST, HIGHEST = -48, 31
+FORMATS: Mapping[str, Format] = {"FP16": FP16, "E5M2": E5M2, "E4M3": E4M3}
+
+
+class Stats(NamedTuple):
+    """What a tensor's elements are like; in a scan with an axis for the iterations.
+
+    `scale` is their root mean square; `largest` and `smallest` are magnitudes, the
+    latter of those that are not zero; `total` is a sum, and all else are counts.
+    `histogram[i]` elements have magnitudes in [2^(i + LOWEST), 2^(i + LOWEST + 1)); the
+    first and the last binade also count what lies beyond. `underflow` and `overflow`
+    count for each format what would round to zero, and what lies beyond its largest
+    number.
+    """
+
+    size: Float[Array, "..."]
+    total: Float[Array, "..."]
+    scale: Float[Array, "..."]
+    largest: Float[Array, "..."]
+    smallest: Float[Array, "..."]
+    zeros: Float[Array, "..."]
+    histogram: Float[Array, "... binades"]
+    underflow: Float[Array, "... formats"]
+    overflow: Float[Array, "... formats"]
+
+    @property
+    def mean(self) -> Array:
+        return self.total / self.size
+
+    @property
+    def std(self) -> Array:
+        share = self.mean / jnp.where(self.scale > 0, self.scale, 1)
+        return self.scale * jnp.sqrt(jnp.maximum(1 - share**2, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a tensor stands.
+
+    Attributes:
+        name: the path of modules and scopes (or of an argument), and the primitive.
+        source: the file and line.
+        shape, dtype: of the tensor, in one iteration.
+        is_backward: whether it belongs to a backward pass that is written down.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    is_backward: bool
+    place: tuple[int, ...]
+
+
+@ft.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["forward", "backward"],
+    meta_fields=["site"],
+)
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor's statistics, and those of its cotangent where they were asked for."""
+
+    forward: Stats
+    backward: Stats | None
+    site: Site
+
+
+@ft.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tensors"],
+    meta_fields=["formats"],
+)
+@dataclasses.dataclass(frozen=True)
+class Scales(Mapping[str, Tensor]):
+    """What `track_scales` saw: each `Tensor` by its name, in the order of computation.
+
+    It is a pytree, so that it can leave jit, and be stacked by a scan over steps.
+    """
+
+    tensors: tuple[Tensor, ...]
+    formats: tuple[tuple[str, Format], ...]
+
+    @ft.cached_property
+    def _by_name(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for tensor in self.tensors:
+            name, n = tensor.site.name, 1
+            while name in found:
+                n += 1
+                name = f"{tensor.site.name}#{n}"
+            found[name] = tensor
+        return found
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def track_scales(
+    fn: Callable[..., Any],
+    *,
+    formats: Mapping[str, Format] = FORMATS,
+    where: Callable[[Site], bool] = lambda site: True,
+) -> Callable[..., tuple[Any, Scales]]:
+    """`fn`, which then also returns the statistics of every floating-point tensor.
+
+    Tracked are its arguments and what each equation gives, also inside jit, scan (with
+    an axis for the iterations), cond, remat and shard_map (over all devices);
+    a function with a derivative of its own counts as one equation. Of a while loop
+    all iterations come as one.
+
+    If `fn` differentiates (`jax.value_and_grad(loss)`), the tensors of its backward
+    pass are among them, as `is_backward`. For each tensor's cotangent beside the
+    tensor see `track_value_and_grad`.
+
+    Args:
+        formats: for these, by name, under- and overflows are counted.
+        where: which tensors to track.
+
+    Returns:
+        A pure function that returns `(fn(...), Scales)`.
+
+    Reference: Unit Scaling (Blake et al., 2023), figures 1 and A.1.
+    """
+
+    @ft.wraps(fn, updated=())
+    def tracked(*args: Any, **kwargs: Any) -> tuple[Any, Scales]:
+        out, records = _run(fn, formats, where, None, args, kwargs)
+        return out, _scales(records, None, formats)
+
+    return tracked
+
+
+def track_value_and_grad(
+    fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    formats: Mapping[str, Format] = FORMATS,
+    where: Callable[[Site], bool] = lambda site: True,
+) -> Callable[..., tuple[Any, Any, Scales]]:
+    """`jax.value_and_grad(fn)`, with the statistics of tensors and cotangents.
+
+    The cotangent of a tensor that is used several times is the sum that arrives at it.
+    What the loss does not depend on has cotangents of zero; inside a while loop, which
+    has no gradient, they are not seen (a count of zero).
+
+    Returns:
+        A pure function that returns `(value, gradients, Scales)`.
+    """
+    several = not isinstance(argnums, int)
+    wanted: tuple[int, ...] = tuple(argnums) if several else (argnums,)  # type: ignore
+
+    @ft.wraps(fn, updated=())
+    def tracked(*args: Any, **kwargs: Any) -> tuple[Any, Any, Scales]:
+        call = Call(fn, args, kwargs)
+        shapes = jax.eval_shape(
+            lambda *leaves: _through(call, leaves, formats, where, None)[1],
+            *call.leaves,
+        )
+        probes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def loss(differentiated: Sequence[Any], probes: Any) -> Any:
+            given = list(args)
+            for i, x in zip(wanted, differentiated, strict=True):
+                given[i] = x
+            out, records = _run(fn, formats, where, probes, tuple(given), kwargs)
+            value, aux = out if has_aux else (out, None)
+            return value, (aux, records)
+
+        (value, (aux, records)), (grads, caught) = jax.value_and_grad(
+            loss, (0, 1), has_aux=True
+        )([args[i] for i in wanted], probes)
+        scales = _scales(records, caught, formats)
+        grads = tuple(grads) if several else grads[0]
+        return ((value, aux) if has_aux else value), grads, scales
+
+    return tracked
+
+
+def _run(
+    fn: Callable[..., Any],
+    formats: Mapping[str, Format],
+    where: Callable[[Site], bool],
+    probes: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    call = Call(fn, args, kwargs)
+    outs, records = _through(call, call.leaves, formats, where, probes)
+    return call.result(outs), records
+
+
+def _through(
+    call: Call,
+    leaves: Sequence[Any],
+    formats: Mapping[str, Format],
+    where: Callable[[Site], bool],
+    probes: Any,
+) -> tuple[Any, Any]:
+    interpreter = _Track(tuple(formats.values()), where)
+    side = Side(None, probes)
+    sites = [
+        Site(path, "argument", x.shape, np.dtype(x.dtype), False, (i,))
+        if _is_float(x)
+        else None
+        for i, (path, x) in enumerate(zip(call.paths, leaves, strict=True))
+    ]
+    values, record = interpreter.track(sites, side.of("arguments"), leaves)
+    outs, records = interpreter.run(call.region, side, values)
+    return outs, {"arguments": record, **records}
+
+
+class _Track(Interpreter):
+    def __init__(
+        self, formats: tuple[Format, ...], where: Callable[[Site], bool]
+    ) -> None:
+        self._formats, self._where = formats, where
+
+    def wants(self, equation: Equation) -> bool:
+        whole = equation.primitive.startswith("custom_") or equation.is_own
+        opened = equation.can_be_opened and not whole
+        return not opened and any(map(_is_float, equation.out_avals))
+
+    def rewrite(
+        self, equation: Equation, side: Side, *args: Any
+    ) -> tuple[Sequence[Any], Any]:
+        outs = self.leave(equation, *args)
+        where = equation.path or equation.source.split("/")[-1]
+        called = equation.name or equation.primitive
+        sites = [
+            Site(
+                f"{where}/{called}",
+                equation.source,
+                aval.shape,
+                np.dtype(aval.dtype),
+                equation.is_backward,
+                (*equation.place, i),
+            )
+            if _is_float(aval)
+            else None
+            for i, aval in enumerate(equation.out_avals)
+        ]
+        return self.track(sites, side, outs)
+
+    def track(
+        self, sites: Sequence[Site | None], side: Side, values: Sequence[Any]
+    ) -> tuple[list[Any], dict[str, Tensor]]:
+        """The values, on their way through probes, and a record of those with sites."""
+        records, outs = {}, list(values)
+        for i, site in enumerate(sites):
+            if site is None or not self._where(site):
+                continue
+            if side.probes is not None:
+                outs[i] = _probe(self._formats)(outs[i], side.probes[str(i)])
+            stats = _stats(lax.stop_gradient(outs[i]), self._formats)
+            records[str(i)] = Tensor(stats, None, site)
+        return outs, records
+
+    def empty(self, record: Any) -> Any:
+        def one(tensor: Tensor) -> Tensor:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tensor.forward)
+            smallest = jnp.full_like(zeros.smallest, jnp.inf)
+            return dataclasses.replace(
+                tensor, forward=zeros._replace(smallest=smallest)
+            )
+
+        return jax.tree.map(one, record, is_leaf=_is_tensor)
+
+    def merge(self, records: Any) -> Any:
+        def one(tensor: Tensor) -> Tensor:
+            stats = tensor.forward
+            merged = Stats(*(x.sum(0) for x in stats))._replace(
+                scale=_rms(stats.scale, stats.size, 0),
+                largest=stats.largest.max(0),
+                smallest=stats.smallest.min(0),
+            )
+            return dataclasses.replace(tensor, forward=merged)
+
+        return jax.tree.map(one, records, is_leaf=_is_tensor)
+
+
+@ft.cache
+def _probe(formats: tuple[Format, ...]) -> Callable[[Array, Tensor], Array]:
+    @jax.custom_vjp
+    def probe(x: Array, caught: Tensor) -> Array:
+        return x
+
+    def backward(caught: Tensor, g: Array) -> tuple[Array, Tensor]:
+        return g, dataclasses.replace(caught, forward=_stats(g, formats))
+
+    probe.defvjp(lambda x, caught: (x, caught), backward)
+    return probe
+
+
+def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
+    x = x.astype(jnp.float32)
+    size = jnp.abs(x)
+    exponent = jnp.clip(jnp.frexp(size)[1] - 1, LOWEST, HIGHEST)
+    counted = (size > 0) & jnp.isfinite(size)
+    binades = jnp.arange(LOWEST, HIGHEST + 1)
+    axes = tuple(range(x.ndim))  # all of x's, not a histogram's own
+
+    def count(condition: Array) -> Array:
+        return jnp.sum(condition, axis=axes, dtype=jnp.float32)
+
+    def each(found: list[Array]) -> Array:
+        return jnp.stack(found) if found else jnp.zeros(0)
+
+    return Stats(
+        size=count(size >= 0) + count(jnp.isnan(size)),
+        total=x.sum(),
+        scale=_rms(size, jnp.ones_like(size), axes),
+        largest=size.max(initial=0.0),
+        smallest=jnp.where(size > 0, size, jnp.inf).min(initial=jnp.inf),
+        zeros=count(size == 0),
+        histogram=count(counted[..., None] & (exponent[..., None] == binades)),
+        # Half of the smallest number rounds to even: to zero.
+        underflow=each(
+            [count((size > 0) & (size <= f.smallest_subnormal / 2)) for f in formats]
+        ),
+        overflow=each([count(size > f.max) for f in formats]),
+    )
+
+
+def _rms(x: Array, weight: Array, axis: int | tuple[int, ...]) -> Array:
+    """The root of the weighted mean of squares, none of which overflows."""
+    top = x.max(axis, keepdims=True, initial=0.0)
+    relative = x / jnp.where(top > 0, top, 1)
+    weights = jnp.maximum(weight.sum(axis), 1)
+    mean = jnp.sum(weight * relative**2, axis) / weights
+    return jnp.squeeze(top, axis) * jnp.sqrt(mean)
+
+
+def _scales(records: Any, caught: Any, formats: Mapping[str, Format]) -> Scales:
+    tensors = jax.tree.leaves(records, is_leaf=_is_tensor)
+    if caught is not None:
+        backward = jax.tree.leaves(caught, is_leaf=_is_tensor)
+        tensors = [
+            dataclasses.replace(t, backward=b.forward)
+            for t, b in zip(tensors, backward, strict=True)
+        ]
+    return Scales(
+        tuple(
+            sorted(tensors, key=lambda t: (t.site.source != "argument", t.site.place))
+        ),
+        tuple(formats.items()),
+    )
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)

@@ -1,0 +1,159 @@
+"""track_scales: the statistics that NumPy computes, wherever a tensor stands."""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec as P
+
+import jax_unit_scaling as jus
+from jax_unit_scaling.transforms.track import HIGHEST, LOWEST
+
+X = jax.random.normal(jax.random.key(0), (4, 8))
+W = jax.random.normal(jax.random.key(1), (8, 8)) * 1e-3
+
+
+def check(stats, x):
+    """`stats` are those of `x`; sums of n float32 numbers err by n units at most."""
+    x = np.asarray(x, np.float64)
+    size = np.abs(x)
+    tol = {"rtol": x.size * 2.0**-23}
+    assert stats.size == x.size
+    np.testing.assert_allclose(stats.scale, np.sqrt(np.mean(x**2)), **tol)
+    np.testing.assert_allclose(stats.total, x.sum(), atol=size.sum() * tol["rtol"])
+    assert stats.largest == np.float32(size.max())
+    assert stats.zeros == np.sum(x == 0)
+    if np.any(x != 0):
+        assert stats.smallest == np.float32(size[size > 0].min())
+    exponent = np.clip(np.floor(np.log2(size[size > 0])), LOWEST, HIGHEST)
+    want = np.bincount((exponent - LOWEST).astype(int), minlength=HIGHEST - LOWEST + 1)
+    np.testing.assert_array_equal(stats.histogram, want)
+    for i, f in enumerate((jus.FP16, jus.E5M2, jus.E4M3)):
+        rounded = np.asarray(jus.quantize(jnp.asarray(x, jnp.float32), f))
+        assert stats.underflow[i] == np.sum((rounded == 0) & (x != 0))
+        assert stats.overflow[i] == np.sum(size > f.max)
+
+
+def loss(x, w):
+    with jax.named_scope("up"):
+        y = x @ w
+    return jnp.sum(jnp.sin(y) ** 2) * 1e3
+
+
+def test_tensors_and_cotangents_are_those_of_the_function():
+    track = jus.track_value_and_grad(loss, (0, 1))
+    value, grads, scales = jax.jit(track)(X, W)
+    want, want_grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(X, W)
+    np.testing.assert_array_equal(value, want)
+    jax.tree.map(np.testing.assert_array_equal, grads, want_grads)
+    y = X @ W
+    check(scales["up/dot_general"].forward, y)
+    # sin^2 is differentiated by hand; products of float32 in another order.
+    g = 2e3 * np.sin(y) * np.cos(y)
+    np.testing.assert_allclose(
+        scales["up/dot_general"].backward.scale, np.sqrt(np.mean(g**2)), rtol=1e-5
+    )
+    check(scales["args/0"].forward, X)
+    check(scales["args/1"].backward, want_grads[1])
+    assert "test_track.py" in scales["up/dot_general"].site.source
+
+
+def test_extreme_values_are_counted():
+    x = jnp.array([0.0, -0.0, 2.0**-9, 2.0**-10, 2.0**-25, 1e30, -7e4, 448.0, 449.0])
+    _, scales = jus.track_scales(lambda x: x * 1)(x)
+    check(scales["args/0"].forward, x)
+
+
+def test_the_forward_tensors_alone_and_of_a_function_that_differentiates():
+    _, scales = jax.jit(jus.track_scales(jax.grad(loss, (0, 1))))(X, W)
+    backward = [t for t in scales.values() if t.site.is_backward]
+    assert backward and all(t.backward is None for t in scales.values())
+    # The gradients themselves are among them.
+    for g in jax.grad(loss, (0, 1))(X, W):
+        want = np.sqrt(np.mean(np.asarray(g) ** 2))
+        assert any(np.isclose(t.forward.scale, want, rtol=1e-5) for t in backward)
+    y, scales = jus.track_scales(loss)(X, W)
+    np.testing.assert_array_equal(y, loss(X, W))
+    check(scales["up/dot_general"].forward, X @ W)
+
+
+def test_a_scan_gives_a_value_for_each_layer():
+    ws = jnp.stack([W * 1e3, W, W * 1e2])
+
+    def deep(x, ws):
+        @jax.checkpoint
+        def layer(x, w):
+            with jax.named_scope("layer"):
+                return x @ w, None
+
+        return lax.scan(layer, x, ws)[0].sum()
+
+    value, grads, scales = jax.jit(jus.track_value_and_grad(deep, (0, 1)))(X, ws)
+    want = jax.jit(jax.value_and_grad(deep, (0, 1)))(X, ws)
+    jax.tree.map(np.testing.assert_array_equal, (value, grads), want)
+    tensor = scales["layer/dot_general"]
+    y, g = X, [jnp.ones((4, 8))]
+    for w in reversed(ws[1:]):
+        g.insert(0, g[0] @ w.T)
+    for i in range(3):
+        y = y @ ws[i]
+        check(jax.tree.map(lambda s, i=i: s[i], tensor.forward), y)
+        check(jax.tree.map(lambda s, i=i: s[i], tensor.backward), g[i])
+
+
+def test_branches_and_loops():
+    def f(x, n):
+        y = lax.cond(x.sum() > 1e9, lambda: jnp.sin(x), lambda: jnp.cos(x))
+        return lax.fori_loop(0, n, lambda i, y: jnp.tanh(y), y)
+
+    _, scales = jax.jit(jus.track_scales(f))(X, 2)
+    found = {t.site.name.split("/")[-1]: t.forward for t in scales.values()}
+    assert found["sin"].size == 0
+    check(found["cos"], jnp.cos(X))
+    both = jnp.stack([jnp.tanh(jnp.cos(X)), jnp.tanh(jnp.tanh(jnp.cos(X)))])
+    check(found["tanh"], both)
+
+
+def test_shard_map_vmap_and_where():
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+
+    def f(x):
+        g = ft.partial(jax.shard_map, mesh=mesh, in_specs=P("d"), out_specs=P())
+        return g(lambda x: lax.psum(jnp.sin(x).sum(), "d"))(x)
+
+    track = jus.track_value_and_grad(f, where=lambda s: s.name.endswith("sin"))
+    _, _, scales = jax.jit(track)(X)
+    assert len(scales) == 1
+    (tensor,) = scales.values()
+    check(tensor.forward, jnp.sin(X))
+    check(tensor.backward, jnp.ones_like(X))
+    _, _, scales = jax.vmap(jus.track_value_and_grad(lambda x: jnp.sin(x).sum()))(X)
+    assert scales["args/0"].forward.size.shape == (4,)
+
+
+def test_a_module_and_its_names():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return nnx.relu(self.norm(x))
+
+    model = Net()
+    _, scales = jus.track_scales(lambda model, x: model(x))(model, X)
+    assert np.any(model.norm.mean[...] != 0)
+    assert any("norm/scale" in name for name in scales)
+    assert any(name.endswith("relu") for name in scales)
+
+
+@pytest.mark.parametrize("t", [jus.track_scales, jus.track_value_and_grad])
+def test_it_can_be_stacked_over_steps(t):
+    def step(_, x):
+        return None, t(loss)(x, W)[-1]
+
+    scales = jax.jit(lambda xs: lax.scan(step, None, xs)[1])(jnp.stack([X, 2 * X]))
+    check(jax.tree.map(lambda s: s[1], scales["up/dot_general"].forward), 2 * X @ W)
