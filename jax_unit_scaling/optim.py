@@ -244,8 +244,7 @@ def adamw(
         optax.scale_by_adam(b1, b2, eps, **more),
         learning_rate,
         overrides=overrides,
-        decay=optax.add_decayed_weights(weight_decay, mask),
-        independent=independent_weight_decay,
+        decay=(weight_decay, mask, independent_weight_decay),
     )
 
 
@@ -270,8 +269,7 @@ def lion(
         optax.scale_by_lion(b1, b2, **more),
         learning_rate,
         overrides=overrides,
-        decay=optax.add_decayed_weights(weight_decay, mask),
-        independent=independent_weight_decay,
+        decay=(weight_decay, mask, independent_weight_decay),
     )
 
 
@@ -373,8 +371,7 @@ def muon(
         learning_rate,
         rule=muon_rule,
         overrides=overrides,
-        decay=optax.add_decayed_weights(weight_decay, mask),
-        independent=independent_weight_decay,
+        decay=(weight_decay, mask, independent_weight_decay),
     )
 
 
@@ -459,9 +456,11 @@ def _informed(
     return optax.GradientTransformation(init, update)
 
 
-def _scaled_by(rule: Rule, infos: Any) -> optax.GradientTransformation:
+def _scaled_by(rule: Rule, infos: Any, rate: Any = 1.0) -> optax.GradientTransformation:
     return optax.stateless(
-        lambda updates, _: jax.tree.map(lambda u, i: u * rule(i), updates, infos)
+        lambda updates, _: jax.tree.map(
+            lambda u, info: u * (rate * rule(info)), updates, infos
+        )
     )
 
 
@@ -471,20 +470,29 @@ def _chain(
     *,
     rule: Rule = adam_rule,
     overrides: Overrides | None,
-    decay: optax.GradientTransformation | None = None,
-    independent: bool = True,
+    decay: tuple[LearningRate, Any, bool] = (0.0, None, True),
 ) -> optax.GradientTransformation:
-    """Updates, their factors and rate, with `decay` behind them or in front."""
-    decay = decay or optax.identity()
-    before, after = (optax.identity(), decay)[:: 1 if independent else -1]
-    return optax.chain(
-        direction,
-        before,
-        scale_by_umup(rule=rule, overrides=overrides),
-        optax.scale_by_learning_rate(learning_rate, flip_sign=False),
-        after,
-        optax.scale(-1.0),
-    )
+    """Updates at their rates, with independent decay behind them or other in front.
+
+    `decay` is its rate, its mask, and whether it is independent.
+    """
+    decay_rate, mask, independent = decay
+    if callable(learning_rate):
+        rates = optax.chain(
+            scale_by_umup(rule=rule, overrides=overrides),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    else:
+        # One multiplication of each parameter, as without factors.
+        rates = _informed(lambda i: _scaled_by(rule, i, -learning_rate), overrides)
+    if independent:
+        decayed = optax.add_decayed_weights(_negative(decay_rate), mask)
+        return optax.chain(direction, rates, decayed)
+    return optax.chain(direction, optax.add_decayed_weights(decay_rate, mask), rates)
+
+
+def _negative(rate: LearningRate) -> LearningRate:
+    return (lambda step: -rate(step)) if callable(rate) else -rate
 
 
 def _matrix(shape: tuple[int, ...], info: ParameterInfo) -> Any:
