@@ -7,6 +7,7 @@ tensor's. So everything stays a pure function, and the memory is that of the num
 
 import dataclasses
 import functools as ft
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -122,6 +123,29 @@ class Scales(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    def where(self, keep: Callable[[Site], bool]) -> "Scales":
+        """Those tensors alone whose site `keep` says to keep."""
+        kept = tuple(t for t in self.tensors if keep(t.site))
+        return dataclasses.replace(self, tensors=kept)
+
+
+# What gives the elements it is given, or some of them, in another place or dtype.
+_MOVES = frozenset(
+    "broadcast_in_dim concatenate convert_element_type copy dynamic_slice expand_dims "
+    "gather optimization_barrier pad reshape rev slice split squeeze stop_gradient "
+    "transpose".split()
+)
+
+
+def computed(site: Site) -> bool:
+    """Whether a tensor is an argument or computed, not only moved: pass it as `where`.
+
+    Left out are reshapes, slices, casts and the like, and what is no larger than a
+    scalar: about half of a model's tensors, whose scales are those of others.
+    """
+    moved = site.name.split("/")[-1] in _MOVES
+    return site.source == "argument" or not (moved or math.prod(site.shape) == 1)
 
 
 def track_scales(
@@ -322,32 +346,58 @@ def _probe(formats: tuple[Format, ...]) -> Callable[[Array, Tensor], Array]:
 
 
 def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
+    """The statistics of one tensor, in about two reads of it.
+
+    A float32's bits without the sign are ordered as magnitudes are. So each element
+    falls between two of the sorted `edges`, and all counts are sums over one histogram.
+    """
     x = x.astype(jnp.float32)
-    size = jnp.abs(x)
-    exponent = jnp.clip(jnp.frexp(size)[1] - 1, LOWEST, HIGHEST)
-    counted = (size > 0) & jnp.isfinite(size)
-    binades = jnp.arange(LOWEST, HIGHEST + 1)
-    axes = tuple(range(x.ndim))  # all of x's, not a histogram's own
+    bits = lax.bitcast_convert_type(x, jnp.int32) & _bits(math.nan)
+    binades = [_bits(2.0**k) for k in range(LOWEST + 1, HIGHEST + 1)]
+    # Half of the smallest number rounds to even: to zero.
+    under = [_bits(f.smallest_subnormal / 2) + 1 for f in formats]
+    over = [_bits(f.max) + 1 for f in formats]
+    others = [1, _bits(math.inf), _bits(math.inf) + 1, *under, *over]
+    edges = np.sort([*binades, *others])
+    exponent = (bits >> 23) - (_bits(2.0**LOWEST) >> 23)
+    passed = jnp.clip(exponent, 0, len(binades)) + sum(bits >= e for e in others)
+    between = jnp.zeros(len(edges) + 1, jnp.int32).at[passed].add(1)
+    above = jnp.cumsum(between[::-1])[::-1]
 
-    def count(condition: Array) -> Array:
-        return jnp.sum(condition, axis=axes, dtype=jnp.float32)
+    def at_least(given: Sequence[int]) -> Array:
+        return above[np.searchsorted(edges, given, side="right")].astype(jnp.float32)
 
-    def each(found: list[Array]) -> Array:
-        return jnp.stack(found) if found else jnp.zeros(0)
-
+    size, nonzero, infinite, nan = at_least(
+        [0, 1, _bits(math.inf), _bits(math.inf) + 1]
+    )
+    least, largest = (
+        bits.min(initial=_bits(math.inf), where=bits > 0),
+        bits.max(initial=0),
+    )
+    smallest, largest = (
+        lax.bitcast_convert_type(v, jnp.float32) for v in (least, largest)
+    )
+    relative = x / jnp.where(largest > 0, largest, 1)
+    finer = at_least([1, *binades])
     return Stats(
-        size=count(size >= 0) + count(jnp.isnan(size)),
+        size=size,
         total=x.sum(),
-        scale=_rms(size, jnp.ones_like(size), axes),
-        largest=size.max(initial=0.0),
-        smallest=jnp.where(size > 0, size, jnp.inf).min(initial=jnp.inf),
-        zeros=count(size == 0),
-        histogram=count(counted[..., None] & (exponent[..., None] == binades)),
-        # Half of the smallest number rounds to even: to zero.
-        underflow=each(
-            [count((size > 0) & (size <= f.smallest_subnormal / 2)) for f in formats]
-        ),
-        overflow=each([count(size > f.max) for f in formats]),
+        scale=largest * jnp.sqrt(jnp.sum(relative**2) / max(x.size, 1)),
+        largest=largest,
+        smallest=smallest,
+        zeros=size - nonzero,
+        histogram=finer - jnp.append(finer[1:], infinite),
+        underflow=nonzero - at_least(under),
+        overflow=at_least(over) - nan,
+    )
+
+
+def _bits(magnitude: float) -> int:
+    """The bits of a float32 as an integer: those of NaN are all but the sign."""
+    return (
+        0x7FFFFFFF
+        if math.isnan(magnitude)
+        else int(np.float32(magnitude).view(np.int32))
     )
 
 
