@@ -345,6 +345,8 @@ def _probe(formats: tuple[Format, ...]) -> Callable[[Array, Tensor], Array]:
     return probe
 
 
+# Jitted, so that it is traced once for all tensors of a shape.
+@ft.partial(jax.jit, static_argnums=1)
 def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
     """The statistics of one tensor, in about two reads of it.
 
@@ -364,12 +366,15 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
     between = jnp.zeros(len(edges) + 1, jnp.int32).at[passed].add(1)
     above = jnp.cumsum(between[::-1])[::-1]
 
-    def at_least(given: Sequence[int]) -> Array:
-        return above[np.searchsorted(edges, given, side="right")].astype(jnp.float32)
-
-    size, nonzero, infinite, nan = at_least(
-        [0, 1, _bits(math.inf), _bits(math.inf) + 1]
+    n = len(formats)
+    above = above[np.searchsorted(edges, [0, *others, *binades], side="right")]
+    size, nonzero, infinite, nan = (counts := above.astype(jnp.float32))[:4]
+    kept, too_large, finer = (
+        counts[4 : 4 + n],
+        counts[4 + n : 4 + 2 * n],
+        counts[4 + 2 * n :],
     )
+    finer = jnp.concatenate([nonzero[None], finer, infinite[None]])
     least, largest = (
         bits.min(initial=_bits(math.inf), where=bits > 0),
         bits.max(initial=0),
@@ -378,7 +383,6 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
         lax.bitcast_convert_type(v, jnp.float32) for v in (least, largest)
     )
     relative = x / jnp.where(largest > 0, largest, 1)
-    finer = at_least([1, *binades])
     return Stats(
         size=size,
         total=x.sum(),
@@ -386,9 +390,9 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
         largest=largest,
         smallest=smallest,
         zeros=size - nonzero,
-        histogram=finer - jnp.append(finer[1:], infinite),
-        underflow=nonzero - at_least(under),
-        overflow=at_least(over) - nan,
+        histogram=finer[:-1] - finer[1:],
+        underflow=nonzero - kept,
+        overflow=too_large - nan,
     )
 
 
