@@ -211,13 +211,12 @@ def traced_loss(
             f"{argnums}."
         )
     call = Call(fn, args, kwargs)
-    loss = call.region.jaxpr.outvars[0] if call.region.jaxpr.outvars else None
-    shape = getattr(getattr(loss, "aval", None), "shape", None)
-    if shape != () or not is_float(loss.aval):
+    outs = [v.aval for v in call.region.jaxpr.outvars]
+    if not outs or outs[0].shape != () or not is_float(outs[0]):
         raise TypeError(
             "`fn` must return a scalar loss of floating-point numbers, as for "
-            f"`jax.grad`{' with an auxiliary value' if has_aux else ''}, got "
-            f"{'none' if loss is None else loss.aval}."
+            f"`jax.grad`{', and an auxiliary value' if has_aux else ''}, got "
+            f"{outs[0] if outs else 'no array'}."
         )
     if any(equation.is_backward for equation in call.region.walk()):
         raise TypeError(
@@ -428,7 +427,7 @@ def _on_units(region: Region, inputs: Sequence[Any]) -> list[list[float]]:
 # -- Operations ------------------------------------------------------------------------
 
 
-def _operations(region: Region) -> dict[tuple[int, ...], Operation]:
+def operations(region: Region) -> dict[tuple[int, ...], Operation]:
     """The library's operations, by the place of their equations.
 
     One is told by the call of it. Its plain function, which its equations without
