@@ -11,6 +11,7 @@ Reference: Unit Scaling (Blake et al., 2023), section 5, theorem 5.2.
 """
 
 import dataclasses
+import functools as ft
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from .._jaxpr import (
     is_installed,
     trace,
 )
+from ..op import OPS
 
 _PACKAGE = Path(__file__).parent.parent
 Verdict = Literal["true", "broken", "zero"]
@@ -52,13 +54,12 @@ class Operation(NamedTuple):
 
     def __str__(self) -> str:
         calls = [
-            f"{function.removesuffix('.__call__')}:{line}"
+            f"{_short(_function(call))}:{call.split(':')[1]}"
             for call in self.within
-            for line, function in [(call.split(":")[1], _function(call))]
-            if function.endswith(".__call__")
+            if "<" not in _function(call)
         ]
-        where = " in ".join(filter(None, (self.name, self.scope)))
-        return " > ".join([f"{self.source}: ", *calls, where]).replace(":  >", ":")
+        where = f" in {self.scope}" if self.scope else ""
+        return f"{self.source}: {' > '.join([*calls, self.name])}{where}"
 
 
 class Culprit(NamedTuple):
@@ -435,8 +436,12 @@ def operations(region: Region) -> dict[tuple[int, ...], Operation]:
     """
     calls = {e.place: call for e in region.walk() if (call := _call(e)) is not None}
     names = {call.key: call.name for call in calls.values() if call.is_plain}
+    scopes: dict[Any, str] = {}
+    for call in calls.values():
+        # Functions of `jax.numpy` have scopes of their own, within.
+        scopes[call.key] = min(scopes.get(call.key, call.scope), call.scope, key=len)
     return {
-        place: Operation(names.get(call.key, call.name), call.scope, *call.key)
+        place: Operation(names.get(call.key, call.name), scopes[call.key], *call.key)
         for place, call in calls.items()
     }
 
@@ -462,7 +467,7 @@ def _call(equation: Equation) -> _LibraryCall | None:
     inner = frames[end + 1 :] if doors else ()
     is_plain = bool(inner) and _file(inner[0]) != "scale.py"
     if is_plain:
-        name = _short(_function(inner[0]))
+        name = _multiplied().get(_line(inner[0])) or _short(_function(inner[0]))
     elif doors:
         name = "scaled"
     else:
@@ -479,15 +484,30 @@ def _file(frame: str) -> str:
     return Path(path).relative_to(_PACKAGE).as_posix() if inside else ""
 
 
+@ft.cache
+def _multiplied() -> dict[str, str]:
+    """The operations' names, by the lines of what `Op.multiplied` says."""
+    codes = {n: op.multiplied.__code__ for n, op in OPS.items() if op.multiplied}
+    return {
+        f"{code.co_filename}:{line}": name
+        for name, code in codes.items()
+        for *_, line in code.co_lines()
+    }
+
+
+def _line(frame: str) -> str:
+    return ":".join(frame.split(":")[:2])
+
+
 def _function(frame: str) -> str:
     return frame[frame.index("(") + 1 : -1] if "(" in frame else ""
 
 
 def _short(function: str) -> str:
     # `unit_scaled(f)` calls f by a function of its own.
-    return (
-        "unit_scaled" if function.startswith("unit_scaled") else function.split(".")[-1]
-    )
+    if function.startswith("unit_scaled."):
+        return "unit_scaled"
+    return function.removesuffix(".__call__").split(".")[-1]
 
 
 def is_float(x: Any) -> bool:

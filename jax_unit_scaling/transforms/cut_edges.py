@@ -9,6 +9,7 @@ carry is an edge back to its start.
 Reference: Unit Scaling (Blake et al., 2023), section 5, definition 5.1.
 """
 
+import collections
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,12 @@ class CutEdges:
             ]
             free = "may be" if all(cut) else "no"
             rows.append((free, " ".join(inputs), str(operation)))
-        return "\n".join(table(rows))
+        # Blocks of a stack are alike.
+        each = collections.Counter(rows)
+        times = [f" ({n} times)" if n > 1 else "" for n in each.values()]
+        return "\n".join(
+            line + n for line, n in zip(table(list(each)), times, strict=True)
+        )
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -90,7 +96,8 @@ def cut_edges(
         call, inputs = traced_loss(fn, wanted, has_aux, args, kwargs)
         graph = _Graph(operations(call.region))
         values = [
-            graph.value() if i in inputs else None for i in range(len(call.leaves))
+            graph.value(x.shape) if i in inputs else None
+            for i, x in enumerate(call.leaves)
         ]
         loss = graph.inline(call.region, values)[0]
         return CutEdges(tuple(graph.inputs(loss)))
@@ -134,14 +141,19 @@ class _Graph:
             env.update(zip(equation.outvars, self._outputs(equation, given)))  # noqa: B905
         return list(map(read, region.jaxpr.outvars))
 
-    def value(self, operation: Operation | None = None, *uses: _Value | None) -> _Value:
-        """The output of a new node."""
+    def value(
+        self,
+        shape: tuple[int, ...],
+        *uses: _Value | None,
+        operation: Operation | None = None,
+    ) -> _Value:
+        """The output of a new node, which uses these."""
         node = len(self._at)
         self._at.append(operation)
         self._same.append(node)
         for use in uses:
             self._connect(use, node)
-        return _Value(node, 0, ())
+        return _Value(node, 0, shape)
 
     def _connect(self, value: _Value | None, node: int) -> None:
         if value is None:
@@ -166,7 +178,8 @@ class _Graph:
             return [None] * len(equation.outvars)
         if equation.can_be_opened and not equation.is_own:
             return self._opened(equation, given)
-        node = self.value(self._operations.get(equation.place), *given).node
+        operation = self._operations.get(equation.place)
+        node = self.value((), *given, operation=operation).node
         return [
             _Value(node, i, aval.shape) if is_float(aval) else None
             for i, aval in enumerate(equation.out_avals)
@@ -181,7 +194,7 @@ class _Graph:
             for _, i in region.carry:
                 aval = region.jaxpr.invars[i].aval
                 if is_float(aval):
-                    inputs[i] = self.value(None, inputs[i])._replace(shape=aval.shape)
+                    inputs[i] = self.value(aval.shape, inputs[i])
             outs = self.inline(region, inputs)
             for out, i in region.carry:
                 if (start := inputs[i]) is not None:
@@ -190,15 +203,13 @@ class _Graph:
             for i, value in zip(region.outputs, outs, strict=False):
                 ways[i].append(value)
         return [
-            way[0]
-            if len(way) == 1
-            else self.value(None, *way)._replace(shape=aval.shape)
+            way[0] if len(way) == 1 else self.value(aval.shape, *way)
             for way, aval in zip(ways, equation.out_avals, strict=True)
         ]
 
     def inputs(self, loss: _Value | None) -> Iterator[Inputs]:
         """The operations between the parameters and the loss, and their inputs."""
-        end = self.value(None, loss).node
+        end = self.value((), loss).node
         edges = [
             edge
             for edge in dict.fromkeys(
