@@ -54,9 +54,10 @@ class Operation(NamedTuple):
 
     def __str__(self) -> str:
         calls = [
-            f"{_short(_function(call))}:{call.split(':')[1]}"
+            f"{name}:{call.split(':')[1]}"
             for call in self.within
-            if "<" not in _function(call)
+            for name in [_short(_function(call))]
+            if "<" not in _function(call) and name.strip("_") == name != self.name
         ]
         where = f" in {self.scope}" if self.scope else ""
         return f"{self.source}: {' > '.join([*calls, self.name])}{where}"
