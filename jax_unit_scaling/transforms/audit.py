@@ -437,12 +437,17 @@ def operations(region: Region) -> dict[tuple[int, ...], Operation]:
     """
     calls = {e.place: call for e in region.walk() if (call := _call(e)) is not None}
     names = {call.key: call.name for call in calls.values() if call.is_plain}
-    scopes: dict[Any, str] = {}
+    scopes: dict[Any, set[str]] = {}
     for call in calls.values():
+        scopes.setdefault(call.key, set()).add(call.scope)
+
+    def scope(call: _LibraryCall) -> str:
         # Functions of `jax.numpy` have scopes of their own, within.
-        scopes[call.key] = min(scopes.get(call.key, call.scope), call.scope, key=len)
+        around = [s for s in scopes[call.key] if f"{call.scope}/".startswith(f"{s}/")]
+        return "" if "" in scopes[call.key] else min(around, key=len)
+
     return {
-        place: Operation(names.get(call.key, call.name), scopes[call.key], *call.key)
+        place: Operation(names.get(call.key, call.name), scope(call), *call.key)
         for place, call in calls.items()
     }
 

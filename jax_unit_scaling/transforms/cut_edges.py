@@ -203,9 +203,17 @@ class _Graph:
             for i, value in zip(region.outputs, outs, strict=False):
                 ways[i].append(value)
         return [
-            way[0] if len(way) == 1 else self.value(aval.shape, *way)
+            self._joined(way, aval.shape)
             for way, aval in zip(ways, equation.out_avals, strict=True)
         ]
+
+    def _joined(
+        self, way: Sequence[_Value | None], shape: tuple[int, ...]
+    ) -> _Value | None:
+        """What a value is after all branches, or iterations."""
+        if len(way) > 1:
+            return self.value(shape, *way)
+        return None if way[0] is None else way[0]._replace(shape=shape)
 
     def inputs(self, loss: _Value | None) -> Iterator[Inputs]:
         """The operations between the parameters and the loss, and their inputs."""
