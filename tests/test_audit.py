@@ -83,9 +83,6 @@ def test_a_transformers_gradients_are_true():
         "args/0/stack/blocks/1/mlp/up/kernel",
     ]
     assert "Every gradient is true" in str(audit)
-    # The embedding is as far from the loss's gradient as the readout, tau and all.
-    by_path = {row.path: row.ratio for row in audit.gradients}
-    assert by_path["args/0/embed/embedding"] > 1
 
 
 def test_an_unconstrained_activation_in_a_block_is_found():

@@ -282,8 +282,17 @@ _LINEAR = ("scaling", "_split", "_join")
 _AT_RUN_TIME = "_divided_forward"
 
 
+def is_opened(equation: Equation) -> bool:
+    """Whether it is what is inside of it; the library's own rules are wholes."""
+    return equation.can_be_opened and not _is_rule(equation)
+
+
 def _is_false(equation: Equation) -> bool:
-    return equation.is_own and equation.name in (*_LINEAR, _AT_RUN_TIME)
+    return _is_rule(equation) and equation.name in (*_LINEAR, _AT_RUN_TIME)
+
+
+def _is_rule(equation: Equation) -> bool:
+    return equation.is_own and equation.primitive.startswith("custom_")
 
 
 # -- The ratios of all values ----------------------------------------------------------
@@ -334,7 +343,7 @@ class _Ratios:
     ) -> list[_Ratio | None] | None:
         if _is_false(equation):
             return self._false(equation, outs)
-        if equation.can_be_opened and not equation.is_own:
+        if is_opened(equation):
             return None
         given = [x for x in outs if x is not None]
         if equation.primitive == "optimization_barrier":
@@ -422,8 +431,20 @@ def _on_units(region: Region, inputs: Sequence[Any]) -> list[list[float]]:
     rows = []
     for i in range(len(inputs)):
         units = [jnp.asarray(float(i == j), x.dtype) for j, x in enumerate(inputs)]
-        rows.append([float(x) for x in Interpreter().run(region, Side(), units)[0]])
+        rows.append([float(x) for x in _OnScalars().run(region, Side(), units)[0]])
     return rows
+
+
+class _OnScalars(Interpreter):
+    """Leaves out what inside a shard_map marks a value as varying over devices."""
+
+    def wants(self, equation: Equation) -> bool:
+        return equation.primitive in ("pvary", "pcast")
+
+    def rewrite(
+        self, equation: Equation, side: Side, *args: Any
+    ) -> tuple[Sequence[Any], None]:
+        return args, None
 
 
 # -- Operations ------------------------------------------------------------------------

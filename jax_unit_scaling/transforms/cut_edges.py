@@ -22,6 +22,7 @@ from .audit import (
     Operation,
     check_argnums,
     is_float,
+    is_opened,
     operations,
     table,
     traced_loss,
@@ -176,7 +177,7 @@ class _Graph:
             return list(given)
         if equation.primitive in FLAT or not any(given):
             return [None] * len(equation.outvars)
-        if equation.can_be_opened and not equation.is_own:
+        if is_opened(equation):
             return self._opened(equation, given)
         operation = self._operations.get(equation.place)
         node = self.value((), *given, operation=operation).node
