@@ -119,6 +119,14 @@ from .scale import (
     scale_fwd as scale_fwd,
     scaled as scaled,
 )
+from .transforms.audit import (
+    Audit as Audit,
+    audit_gradients as audit_gradients,
+)
+from .transforms.cut_edges import (
+    CutEdges as CutEdges,
+    cut_edges as cut_edges,
+)
 from .transforms.simulate import (
     Product as Product,
     products as products,

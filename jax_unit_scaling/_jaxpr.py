@@ -25,7 +25,8 @@ closure would not survive a custom derivative:
 Values may be pytrees in place of arrays, with static parts (an exponent, say): `lift`
 makes one, `lower` gives the array back for equations that are left, and `match` gives a
 loop's value the static parts that it had at first. `flow` is for what needs no values
-at all: it propagates facts through a region, to a fixpoint in loops.
+at all: it propagates facts through a region, to a fixpoint in loops; `flow_back` does
+so from the outputs to the inputs, as cotangents go.
 
 This file is the only door to `jax.extend` and to what differs between JAX versions: how
 jaxprs are stored in parameters (`_regions`), and scan's layout (`_scan_lengths`).
@@ -167,10 +168,14 @@ class Equation:
     @ft.cached_property
     def source(self) -> str:
         """`file:line` of the innermost call outside of installed packages."""
+        own = [x for x in self.frames if not is_installed(x)]
+        return (own or self.frames or ("unknown",))[-1]
+
+    @ft.cached_property
+    def frames(self) -> tuple[str, ...]:
+        """The calls that led to it, as `file:line (function)`."""
         frames = source_info_util.summarize(self.eqn.source_info, num_frames=32)
-        lines = [line.strip() for line in frames.splitlines()]
-        own = [x for x in lines if "site-packages" not in x and _PACKAGE not in x]
-        return (own or lines or ["unknown"])[-1]
+        return tuple(line.strip() for line in frames.splitlines())
 
     @ft.cached_property
     def name(self) -> str:
@@ -219,6 +224,11 @@ class Equation:
             self.eqn.ctx.manager,
         ):
             yield
+
+
+def is_installed(frame: str) -> bool:
+    """Whether a call is one of this library's or of another package's functions."""
+    return "site-packages" in frame or _PACKAGE in frame
 
 
 def is_literal(atom: Any) -> bool:
@@ -689,6 +699,57 @@ def flow(
     return [read(v) for v in region.jaxpr.outvars]
 
 
+def flow_back(
+    region: Region,
+    facts: Sequence[Any],
+    transfer: Callable[[Equation, list[Any]], Sequence[Any] | None],
+    *,
+    join: Callable[[Any, Any], Any],
+) -> list[Any]:
+    """Propagates facts about a region's outputs to its inputs.
+
+    `transfer` gives the facts about an equation's inputs from those about its outputs,
+    or None to have the equation opened. What nothing is known of has the fact None;
+    the facts of a value's several uses are joined, and `join(old, new)` must be `old`
+    where there is nothing new in it, so that loops come to an end.
+    """
+    env: dict[Any, Any] = {}
+
+    def met(old: Any, new: Any) -> Any:
+        if old is None or new is None:
+            return new if old is None else old
+        return join(old, new)
+
+    def add(atoms: Sequence[Any], facts: Sequence[Any]) -> None:
+        for atom, fact in zip(atoms, facts, strict=True):
+            if not is_literal(atom):
+                env[atom] = met(env.get(atom), fact)
+
+    def inside(inner: Region, given: list[Any]) -> list[Any]:
+        outputs = [given[i] for i in inner.outputs]
+        while True:
+            inputs = flow_back(inner, outputs, transfer, join=join)
+            old = list(outputs)
+            for out, into in inner.carry:
+                outputs[out] = met(outputs[out], inputs[into])
+            if outputs == old:
+                return inputs
+
+    add(region.jaxpr.outvars, facts)
+    for equation in reversed(region.equations):
+        given = [env.get(v) for v in equation.outvars]
+        if all(fact is None for fact in given):
+            continue
+        found = transfer(equation, given)
+        if found is not None:
+            add(equation.invars, found)
+            continue
+        for inner in filter(lambda inner: inner.outputs, equation.regions):
+            atoms = [equation.invars[i] for i in inner.inputs]
+            add(atoms, inside(inner, given))
+    return [env.get(v) for v in region.jaxpr.invars]
+
+
 # -- Functions of anything -------------------------------------------------------------
 
 
@@ -827,7 +888,9 @@ class Call:
     ) -> list[str]:
         first = {id(x): path for path, x in zip(reversed(paths), reversed(parts))}  # noqa: B905
         named = [
-            first[id(v)] + path for v in self._variables for path in _flatten(v)[0]
+            "/".join((first[id(v)], *([path] if path != "value" else [])))
+            for v in self._variables
+            for path in _flatten(v)[0]
         ]
         named += [p for p, x in zip(paths, parts, strict=True) if not _is_variable(x)]
         return [p for p, dynamic in zip(named, is_input, strict=True) if dynamic]
