@@ -99,6 +99,17 @@ class Region:
             for i, eqn in enumerate(self.jaxpr.eqns)
         )
 
+    @ft.cached_property
+    def last_used(self) -> Mapping[str, list[Any]]:
+        """The variables that no equation behind one uses, nor the outputs, by its key."""
+        seen = {v for v in self.jaxpr.outvars if not is_literal(v)}
+        last = {}
+        for equation in reversed(self.equations):
+            own = [v for v in (*equation.invars, *equation.outvars) if not is_literal(v)]
+            last[equation.key] = [v for v in dict.fromkeys(own) if v not in seen]
+            seen.update(own)
+        return last
+
     def walk(self) -> Iterator["Equation"]:
         """All equations in it, those inside others behind them."""
         for equation in self.equations:
@@ -363,6 +374,8 @@ class Interpreter:
             env.update(zip(equation.outvars, outs, strict=True))
             if record is not None and jax.tree.leaves(record):
                 records[equation.key] = record
+            for v in region.last_used[equation.key]:
+                del env[v]  # where arrays are no tracers, memory is freed
         return [read(v) for v in region.jaxpr.outvars], records
 
     def _evaluate(

@@ -206,20 +206,18 @@ def _calibrate(call: Call) -> dict[Place, float]:
     count backwards from -1 in the place of their region."""
     interpreter = _Calibrate()
     inner = [r for equation in call.region.walk() for r in equation.regions]
-
-    def run(*leaves: Any) -> Any:
-        arguments = [_measure(x, x.dtype, (i,)) for i, x in enumerate(leaves)]
-        constants = [
-            _measure(jnp.asarray(x), x.dtype, (*region.place, -1 - i))
-            for region in (call.region, *inner)
-            for i, x in enumerate(region.consts)
-            if _is_float(x)
-        ]
-        values = list(map(interpreter.lift, leaves))
-        return arguments, constants, interpreter.run(call.region, Side(), values)[1]
-
-    found = jax.tree.leaves(jax.jit(run)(*call.leaves), is_leaf=_is_measured)
-    return {x.place: _log2(x.size, x.scale) for x in found}
+    arguments = [_measure(x, (i,)) for i, x in enumerate(call.leaves)]
+    constants = [
+        _measure(x, (*region.place, -1 - i))
+        for region in (call.region, *inner)
+        for i, x in enumerate(region.consts)
+    ]
+    # Not compiled as a whole: one kernel for each of thousands of tensors takes longer
+    # than to run them.
+    values = list(map(interpreter.lift, call.leaves))
+    _, records = interpreter.run(call.region, Side(), values)
+    found = jax.tree.leaves((arguments, constants, records), is_leaf=_is_measured)
+    return {x.place: _log2(x.size, x.scale) for x in jax.device_get(found)}
 
 
 def _recorded(scales: Scales) -> dict[Place, float]:
@@ -253,7 +251,7 @@ class _Calibrate(Interpreter):
             outs = self._widely(equation, args)
         if not equation.can_be_opened or _is_whole(equation):
             for i, (x, aval) in enumerate(zip(outs, equation.out_avals, strict=True)):
-                measured = _measure(x, aval.dtype, (*equation.place, i))
+                measured = _measure(x, (*equation.place, i), aval.dtype)
                 if measured is not None:
                     records[f"out{i}"] = measured
         return outs, records
@@ -280,19 +278,23 @@ class _Calibrate(Interpreter):
         return jax.tree.map(one, records, is_leaf=_is_measured)
 
 
-def _measure(x: Any, dtype: Any, place: Place) -> _Measured | None:
-    if not jnp.issubdtype(dtype, jnp.floating):
+def _measure(x: Any, place: Place, dtype: Any = None) -> _Measured | None:
+    """What is known of a tensor that has this dtype when it is not calibrated."""
+    if not _is_float(x):
         return None
-    size = jnp.abs(jnp.asarray(x).astype(jnp.float32))
+    return _Measured(*_size_and_rms(x, jnp.dtype(dtype or x.dtype)), place)
+
+
+@ft.partial(jax.jit, static_argnames="dtype")
+def _size_and_rms(x: Any, dtype: np.dtype) -> tuple[Array, Array]:
+    size = jnp.abs(x.astype(jnp.float32))
     # What fills the place of masked logits is no part of a tensor's scale: infinities,
     # and numbers within a factor of two of the dtype's largest, or about as large.
     largest = float(jnp.finfo(dtype).max)
     counts = (size < largest / 2) | ((size > largest) & (largest < 2.0**64))
-    counts &= size < 2.0**64
-    weight = counts.astype(jnp.float32)
+    weight = (counts & (size < 2.0**64)).astype(jnp.float32)
     axes = tuple(range(size.ndim))
-    scale = rms(jnp.where(counts, size, 0.0), weight, axes)
-    return _Measured(weight.sum(), scale, place)
+    return weight.sum(), rms(jnp.where(weight > 0, size, 0.0), weight, axes)
 
 
 def _is_measured(x: Any) -> bool:
