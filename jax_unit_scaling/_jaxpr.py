@@ -82,6 +82,7 @@ class Region:
         inputs: for each of its inputs, which input of its equation that is.
         outputs: for each of its outputs, which output of its equation that is.
         carry: which output becomes which input of the next iteration.
+        around: its equation.
     """
 
     jaxpr: Any
@@ -91,11 +92,12 @@ class Region:
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     carry: tuple[tuple[int, int], ...] = ()
+    around: "Equation | None" = None
 
     @ft.cached_property
     def equations(self) -> tuple["Equation", ...]:
         return tuple(
-            Equation(eqn, (*self.place, i), self.scope)
+            Equation(eqn, (*self.place, i), self.scope, self.around)
             for i, eqn in enumerate(self.jaxpr.eqns)
         )
 
@@ -105,7 +107,9 @@ class Region:
         seen = {v for v in self.jaxpr.outvars if not is_literal(v)}
         last = {}
         for equation in reversed(self.equations):
-            own = [v for v in (*equation.invars, *equation.outvars) if not is_literal(v)]
+            own = [
+                v for v in (*equation.invars, *equation.outvars) if not is_literal(v)
+            ]
             last[equation.key] = [v for v in dict.fromkeys(own) if v not in seen]
             seen.update(own)
         return last
@@ -125,6 +129,7 @@ class Equation:
     eqn: Any
     place: Place
     outer: str
+    around: "Equation | None" = None
 
     @property
     def primitive(self) -> str:
@@ -178,10 +183,15 @@ class Equation:
 
     @ft.cached_property
     def source(self) -> str:
-        """`file:line` of the innermost call outside of installed packages."""
+        """`file:line` of the innermost call outside of installed packages.
+
+        JAX does not know it of what is in its own functions: then that of their call.
+        """
         frames = source_info_util.summarize(self.eqn.source_info, num_frames=32)
         lines = [line.strip() for line in frames.splitlines()]
         own = [x for x in lines if "site-packages" not in x and _PACKAGE not in x]
+        if not own and self.around is not None:
+            return self.around.source
         return (own or lines or ["unknown"])[-1]
 
     @ft.cached_property
@@ -252,7 +262,14 @@ def _regions(equation: Equation) -> Iterator[Region]:
         opened, consts = _open(jaxpr)
         place = (*equation.place, next(number))
         return Region(
-            opened, consts, place, equation.scope, tuple(inputs), tuple(outputs), carry
+            opened,
+            consts,
+            place,
+            equation.scope,
+            tuple(inputs),
+            tuple(outputs),
+            carry,
+            equation,
         )
 
     number = iter(range(1 << 30))
@@ -608,7 +625,7 @@ def _custom(self: Interpreter, equation: Equation, side: Side, args: Any) -> Out
         inner, leaves, tree = trace(fn, *args)
         scope = f"{equation.scope}/transpose()" if fn is transpose else equation.scope
         place = (*equation.place, n)
-        inner = dataclasses.replace(inner, place=place, scope=scope)
+        inner = dataclasses.replace(inner, place=place, scope=scope, around=equation)
         # Of the transposed rule the last arguments are cotangents.
         count = len(leaves) - len(jax.tree.leaves(args[0])) if fn is transpose else 0
         self.begin(inner, [i >= len(leaves) - count for i in range(len(leaves))])

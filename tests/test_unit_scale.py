@@ -2,7 +2,6 @@
 
 import functools as ft
 import math
-import warnings
 
 import flax.linen as nn
 import jax
@@ -48,15 +47,13 @@ def close(got, want, rtol=2e-5):
 
 
 def error(got, want):
-    """The relative error of all gradients together."""
+    """The largest relative error of a tensor among them, in the norm."""
 
-    def flat(tree):
-        leaves = [np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)]
-        # Each tensor counts the same, whatever its scale.
-        return leaves
+    def norm(x):
+        return np.linalg.norm(np.ravel(np.asarray(x, np.float64)))
 
-    pairs = zip(flat(got), flat(want), strict=True)
-    return max(np.linalg.norm(g - w) / np.linalg.norm(w) for g, w in pairs)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    return max(norm(np.subtract(g, w, dtype=np.float64)) / norm(w) for g, w in pairs)
 
 
 class _Operands(Interpreter):
@@ -260,7 +257,8 @@ def test_every_tensor_has_unit_scale_or_a_reason(name):
     assert {h.site.is_backward for h in report} == {True, False}
     for held in report:
         if held.reason == "" and held.exponent is not None:
-            assert abs(held.scale - held.exponent) <= 2, str(held)
+            # In float32 only what is multiplied out is brought closer.
+            assert abs(held.scale - held.exponent) <= 8, str(held)
     left = {h.reason.split(":")[0] for h in report if h.reason}
     allowed = {
         f"{p} has no rule for powers of two"
@@ -300,7 +298,7 @@ RULES = {
     "sub": (lambda a, b: a - b, A, B),
     "max": (lambda a, b: jnp.maximum(a, b) + jnp.maximum(a, 0), A, B),
     "min": (lambda a, b: jnp.minimum(a, b), A, B),
-    "clamp": (lambda a: jnp.clip(a, -1e-4, 1e-4), A),
+    "clamp": (lambda a: lax.clamp(-1e-4, a, 1e-4), A),
     "rem": (lambda a, b: lax.rem(b, a), A, B),
     "neg": (lambda a: -a, A),
     "abs": (jnp.abs, A),
@@ -397,15 +395,411 @@ def test_every_rule_is_tested():
     seen = set()
     for f, *args in RULES.values():
         seen |= {e.primitive for e in trace(f, *args).region.walk()}
-    # Collectives need devices; some names belong to other versions of JAX.
-    many = {
-        n for n in _RULES
-        if n.startswith(("p", "all_", "scatter_", "reduce_scatter")) and n != "pad"
-    }  # fmt: skip
-    elsewhere = {
-        "sharding_constraint", "layout_constraint", "reshard", "mesh_cast", "device_put",
-        "copy", "copy_p", "name", "add_any", "eq_to", "lt_to", "le_to", "expand_dims",
-        "unstack", "tile", "stack", "real", "select_and_gather_add", "stop_gradient",
-        "split", "select_n",
-    }  # fmt: skip
-    assert set(_RULES) - seen - many <= elsewhere
+    collectives = set(
+        "psum psum_invariant pmax pmin ppermute pvary pcast pbroadcast all_gather "
+        "all_gather_invariant all_to_all reduce_scatter reshard mesh_cast "
+        "sharding_constraint layout_constraint device_put".split()
+    )
+    # What one version of JAX or the other does not write for these functions.
+    versions = set(
+        "copy copy_p name expand_dims tile stack unstack real eq_to lt_to le_to add_any "
+        "scatter_add scatter_sub scatter_max scatter_min select_and_gather_add".split()
+    )
+    assert set(_RULES) - seen <= collectives | versions
+
+
+# -- float16 and FP8 -------------------------------------------------------------------
+
+
+def _in_float16(loss):
+    """Weights in float32, computed with in float16, as mixed precision has it."""
+
+    def mixed(params, x):
+        half = jax.tree.map(lambda p: p.astype(jnp.float16), params)
+        return loss(half, x.astype(jnp.float16)).astype(jnp.float32)
+
+    return mixed
+
+
+@pytest.mark.parametrize(
+    "name", ["MLP in jnp", "transformer in jnp", "LSTM under scan"]
+)
+def test_float16_needs_no_loss_scaling(name):
+    """Cotangents of 1e-8 and less: the naive gradient underflows."""
+    loss, params, x = MODELS[name](divisor=2.0**30)
+    want = jax.jit(jax.grad(loss))(params, x)
+    step = jax.grad(_in_float16(loss))
+    assert error(jax.jit(step)(params, x), want) > 0.5
+    # float16 rounds to 2^-11; some tens of roundings on the way.
+    assert error(jax.jit(unit_scale(step, params, x))(params, x), want) < 2.0**-6
+
+
+def test_float16_holds_what_is_beyond_its_range():
+    """The example run is in float32, so an overflow does not spoil the scales."""
+    x, w = normal(64, 64, scale=2.0**8), normal(64, 64, seed=1, scale=2.0**8)
+    f = lambda x, w: ((x @ w) @ w).sum(0).astype(jnp.float32)
+    half = (x.astype(jnp.float16), w.astype(jnp.float16))
+    assert not np.isfinite(f(*half)).any()
+    want = f(*(a.astype(jnp.float32) for a in half))
+    assert error(unit_scale(f, *half)(*half), want) < 2.0**-8
+
+
+def test_fully_masked_rows_stay_finite_in_float16():
+    x = normal(4, 8, scale=2.0**-6).astype(jnp.float16)
+
+    def f(x, mask):
+        logits = jnp.where(mask, x * 2.0**-4, jnp.finfo(x.dtype).min)
+        return jax.nn.softmax(logits)
+
+    mask = jnp.arange(8) < jnp.array([[8], [4], [1], [0]])
+    y = unit_scale(f, x, mask)(x, mask)
+    np.testing.assert_allclose(y, f(x, mask), atol=2.0**-10)
+
+
+@pytest.mark.parametrize("name", ["MLP in jnp", "transformer in jnp", "block in NNX"])
+def test_fp8_is_close_to_float32_where_naive_fp8_is_not(name):
+    loss, params, x = MODELS[name](**{**BAD, "weight": 1.0 if "NNX" in name else 2**-6})
+    grad = jax.grad(loss)
+    want = jax.jit(grad)(params, x)
+    naive = jax.grad(jus.simulate_fp8(loss))
+    assert not error(jax.jit(naive)(params, x), want) < 0.9
+    scaled = jax.jit(unit_scale(naive, params, x))(params, x)
+    # E5M2 rounds each cotangent by up to 2^-3: an rms of 0.07 for each of a handful of
+    # products on the way, and E4M3 by half of that.
+    assert error(scaled, want) < 0.35
+    after = jax.jit(unit_scale(jus.simulate_fp8(grad), params, x))(params, x)
+    same(after, scaled)
+
+
+def test_quantize_acts_on_the_data():
+    x, w = normal(8, 16, scale=2.0**-20), normal(16, 4, seed=1, scale=2.0**13)
+
+    def hand(x, w):
+        q = lambda a, k: jus.quantize(a * 2.0**-k, jus.E4M3)
+        return q(x, -20) @ q(w, 13) * 2.0**-7
+
+    f = jus.simulate_format(jnp.matmul)
+    same(unit_scale(f, x, w)(x, w), hand(x, w))
+    per_example = jax.vmap(jax.jit(f), (0, None))
+    same(unit_scale(per_example, x, w)(x, w), per_example(x, w) * 0 + hand(x, w))
+    gradient = jax.grad(lambda x, w: f(x, w)[:, 0].sum(), (0, 1))
+    got = unit_scale(gradient, x, w)(x, w)
+    same(
+        got[0],
+        jnp.broadcast_to(jus.quantize(w[:, 0] * 2.0**-13, jus.E4M3), (8, 16)) * 2.0**13,
+    )
+    q = jax.jit(lambda a: jus.quantize(a, jus.E4M3) + jus.quantize_bwd(a, jus.E5M2))
+    same(unit_scale(q, x)(x), (jus.quantize(x * 2.0**20, jus.E4M3) * 2.0**-20) + x)
+
+
+def test_stochastic_rounding_keeps_its_draws():
+    x = normal(64, 64, scale=2.0**-20)
+    f = lambda x, key: jus.quantize(x, jus.E4M3, key)
+    want = jus.quantize(x * 2.0**20, jus.E4M3, KEY) * 2.0**-20
+    same(unit_scale(f, x, KEY)(x, KEY), want)
+
+
+def test_it_trains_in_fp8_with_static_scales():
+    loss, params, x = _mlp(**BAD)
+    step = jax.value_and_grad(jus.simulate_fp8(loss))
+
+    def train(step):
+        def once(params, _):
+            value, grads = step(params, x)
+            update = lambda p, g: p - 0.05 * BAD["divisor"] * g
+            return jax.tree.map(update, params, grads), value
+
+        return jax.jit(lambda p: lax.scan(once, p, length=60)[1])(params)
+
+    plain, ours = train(jax.value_and_grad(loss)), train(unit_scale(step, params, x))
+    assert train(step)[-1] > 0.9 * plain[0]  # naive: the gradient is zero
+    fall = lambda losses: losses[0] - losses[-1]
+    assert fall(plain) > 0
+    np.testing.assert_allclose(fall(ours), fall(plain), rtol=0.1)
+
+
+# -- Inside and around -----------------------------------------------------------------
+
+X, W = normal(3, 4, seed=5, scale=2.0**-9), normal(4, 4, seed=6, scale=2.0**7)
+
+
+@jax.custom_vjp
+def _clipped(x, w):
+    return x @ w
+
+
+_clipped.defvjp(
+    lambda x, w: (x @ w, (x, w)),
+    lambda r, g: (jnp.clip(g @ r[1].T, -0.5, 0.5), 2 * r[0].T @ g),
+)
+
+
+@jax.custom_jvp
+def _halved(x):
+    return jnp.sin(x)
+
+
+_halved.defjvps(lambda t, out, x: 0.5 * t * jnp.cos(x))
+
+
+def _scanned(x, w):
+    def body(carry, w):
+        y, total, count = carry
+        y = jnp.tanh(y @ w)
+        return (y, total + 1e-6 * y, count + 1), y.sum()
+
+    init = (x, jnp.zeros_like(x), 0)
+    (y, total, _), sums = lax.scan(body, init, jnp.stack([w, 2 * w, w.T]), reverse=True)
+    return y * sums.sum() + total
+
+
+def _whiled(x, w):
+    y, n = lax.stop_gradient(x), 3
+    grow = lambda s: (s[0] * 2.0 + 1e-3, s[1] + 1)
+    return (
+        lax.while_loop(lambda s: (jnp.sum(s[0]) < 50) & (s[1] < 9), grow, (y, n))[0] * x
+    )
+
+
+def _branched(x, w):
+    y = lax.cond(x.sum() > 0, lambda x: jnp.sin(x @ w), lambda x: x, x)
+    branches = [lambda y: y, lambda y: 1e3 * (y @ w), lambda y: jnp.zeros_like(y)]
+    return lax.switch(1, branches, y) + lax.switch(2, branches, y)
+
+
+def _rematerialised(x, w):
+    policy = jax.checkpoint_policies.dots_saveable
+    y = jax.checkpoint(lambda x: jnp.sin(x @ w), policy=policy)(x)
+    return jax.checkpoint(lambda y: jnp.cos(y @ w))(y)
+
+
+def _sharded(x, w):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+
+    @ft.partial(jax.shard_map, mesh=mesh, in_specs=(P("d"), P()), out_specs=P())
+    def f(x, w):
+        return lax.psum(jnp.sin(x @ w).sum(0), "d") * 1e-5
+
+    return f(x, w)
+
+
+FUNCTIONS = {
+    "jit": lambda x, w: jax.jit(lambda x, k: x @ w + k, static_argnums=1)(x, 3),
+    "scan": _scanned,
+    "while": _whiled,
+    "cond": _branched,
+    "remat": _rematerialised,
+    "shard_map": _sharded,
+    "custom_vjp": lambda x, w: _clipped(x, w) + 1,
+    "custom_jvp": lambda x, w: _halved(x @ w),
+    "custom_jvp around a product": lambda x, w: jax.nn.silu(_clipped(x, w)),
+    "vmap": lambda x, w: jax.vmap(lambda x: _clipped(x[None], w)[0])(x),
+    "grad": lambda x, w: jax.grad(lambda x: _scanned(_clipped(x, w), w).sum())(x),
+    "grad of remat": lambda x, w: jax.grad(lambda x: _rematerialised(x, w).sum())(x),
+    "unit-scaled": lambda x, w: jus.linear(jus.gelu(jus.linear(x, w)), w),
+    "key": lambda x, w: x + jax.random.normal(jax.random.key(0), x.shape),
+    "itself": lambda x, w: unit_scale(_scanned, X, W)(x, w) * 1e-5,
+}
+
+
+def _grad(f):
+    return jax.grad(lambda *args: jnp.sum(f(*args) ** 2), (0, 1))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_it_goes_inside(name):
+    f = FUNCTIONS[name]
+    close(jax.jit(unit_scale(f, X, W))(X, W), jax.jit(f)(X, W))
+    close(jax.jit(_grad(unit_scale(f, X, W)))(X, W), jax.jit(_grad(f))(X, W))
+    close(jax.jit(unit_scale(_grad(f), X, W))(X, W), jax.jit(_grad(f))(X, W))
+
+
+@pytest.mark.parametrize("name", ["scan", "cond", "remat", "custom_vjp"])
+def test_it_composes_with_vmap_scan_and_remat(name):
+    f = FUNCTIONS[name]
+    xs = jnp.stack([X, 2 * X])
+    per_example = lambda f: jax.jit(jax.vmap(_grad(f), (0, None)))(xs, W)
+    in_scan = lambda f: jax.jit(lambda: lax.scan(lambda c, x: (c, f(x, W)), 0, xs)[1])()
+    remat = lambda f: _grad(jax.checkpoint(f))(X, W)
+    for use in (per_example, in_scan, remat):
+        close(use(unit_scale(f, X, W)), use(f))
+    mapped = jax.vmap(f, (0, None))
+    close(unit_scale(mapped, xs, W)(xs, W), mapped(xs, W))
+
+
+def test_forward_mode_survives():
+    f = lambda x, w: _scanned(x, w) + _halved(x)
+    got = jax.jvp(unit_scale(f, X, W), (X, W), (W[:3], W))
+    close(got, jax.jvp(f, (X, W), (W[:3], W)))
+
+
+@on_eight_devices
+def test_collectives_and_shardings_move_powers_of_two_along():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    x, w = normal(16, 8, scale=2.0**-9), normal(8, 8, seed=1, scale=2.0**7)
+
+    @jax.jit
+    def f(x, w):
+        @ft.partial(
+            jax.shard_map, mesh=mesh, in_specs=(P("d"), P("d")), out_specs=(P("d"), P())
+        )
+        def inner(x, w):
+            w = lax.all_gather(w, "d", axis=0, tiled=True)
+            y = x @ w
+            y += lax.ppermute(y, "d", [(i, (i + 1) % 8) for i in range(8)])
+            z = lax.psum_scatter(
+                jnp.tile(y, (4, 1)), "d", scatter_dimension=0, tiled=True
+            )
+            a = lax.all_to_all(jnp.tile(y, (4, 1)), "d", 0, 0, tiled=True)
+            return y + z.sum() + a.mean(), lax.psum(y.sum(0), "d") + lax.pmax(
+                y.max(), "d"
+            )
+
+        y, total = inner(x, w)
+        return jax.sharding.reshard(y, P(None, "d")), total
+
+    with jax.set_mesh(mesh):
+        args = jax.device_put(x, jax.P("d")), jax.device_put(w, jax.P("d"))
+        u = unit_scale(f, *args)
+        close(jax.jit(u)(*args), f(*args))
+        loss = jax.grad(lambda x, w: sum(jnp.sum(y**2) for y in f(x, w)), (0, 1))
+        close(jax.jit(unit_scale(loss, *args))(*args), jax.jit(loss)(*args))
+        assert all(not h.reason for h in u.report())
+
+
+# -- Modules ---------------------------------------------------------------------------
+
+
+class _Stateful(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(nnx.relu(self.norm(self.up(x))))
+
+
+def test_nnx_modules_keep_their_updates():
+    ours, plain = _Stateful(nnx.Rngs(0)), _Stateful(nnx.Rngs(0))
+    before = jax.tree.leaves(nnx.state(ours, nnx.BatchStat))
+    u = unit_scale(lambda m, x: m(x), ours, X)
+    same(jax.tree.leaves(nnx.state(ours, nnx.BatchStat)), before)
+    assert ours.drop.rngs.count[...] == 0
+    for _ in range(2):
+        close(u(ours, X), plain(X))
+    assert ours.drop.rngs.count[...] == 2
+    close(nnx.state(ours, nnx.BatchStat), nnx.state(plain, nnx.BatchStat))
+    method = unit_scale(ours.__call__, X)
+    close(method(X), plain(X))
+
+
+# -- What it says ----------------------------------------------------------------------
+
+
+def test_the_report_names_what_sees_true_values():
+    a = jnp.eye(3) * 3.1
+
+    def f(x, bias):
+        with jax.named_scope("solve"):
+            y = lax.custom_linear_solve(lambda v: a @ v, x, lambda _, b: b / 3.1)
+        return jnp.exp(y) @ a + bias
+
+    args = normal(3), jnp.zeros(3)
+    u = unit_scale(f, *args)
+    close(u(*args), f(*args))
+    found = {h.site.name.split("/")[-1]: h for h in u.report()}
+    assert "cannot be opened" in found["custom_linear_solve"].reason
+    assert "solve/custom_linear_solve" in found["custom_linear_solve"].site.name
+    assert "exp has no rule" in found["exp"].reason
+    assert "test_unit_scale.py" in found["exp"].site.source
+    assert found["1"].reason == "zero on the example arguments"
+    assert "2^0; zero on the example arguments" in str(found["1"])
+
+
+def test_sources_are_known_inside_of_functions_of_jax():
+    x = normal(4, 8)
+    report = unit_scale(lambda x: jax.nn.log_softmax(x), x).report()
+    assert len(report) > 5
+    for held in report:
+        assert (
+            held.site.source == "argument" or "test_unit_scale.py" in held.site.source
+        )
+
+
+def test_scales_may_come_from_a_record():
+    loss, *args = _transformer(**BAD)
+    step = VALUE_AND_GRAD(loss)
+    _, scales = jax.jit(jus.track_scales(step))(*args)
+    recorded, measured = unit_scale(step, *args, scales=scales), unit_scale(step, *args)
+    close(jax.jit(recorded)(*args), jax.jit(step)(*args))
+    pairs = list(zip(recorded.report(), measured.report(), strict=True))
+    # Fills of masked logits count in a record, and only there.
+    same_exponent = [a.exponent == b.exponent for a, b in pairs]
+    assert np.mean(same_exponent) > 0.9
+
+
+def test_other_shapes_share_the_exponents():
+    loss, params, x = _transformer(**BAD)
+    u = unit_scale(jax.value_and_grad(loss), params, x)
+    other = normal(5, 8, 16, seed=3)
+    close(jax.jit(u)(params, other), jax.jit(jax.value_and_grad(loss))(params, other))
+
+
+def test_another_function_is_refused():
+    u = unit_scale(lambda x, twice: x @ x * 2 if twice else x @ x + x.sum(), W, True)
+    with pytest.raises(
+        ValueError, match=r"there is .*reduce_sum.*in place of mul.*test_"
+    ):
+        u(W, False)
+    u = unit_scale(lambda xs: sum(x @ W for x in xs), [W])
+    with pytest.raises(ValueError, match=r"of them on 2 arrays in place of .* on 1"):
+        u([W, W])
+
+
+def test_what_it_cannot_use_is_refused():
+    with pytest.raises(TypeError, match=r"`args/0` must be concrete.*outside of jit"):
+        jax.jit(lambda x: unit_scale(jnp.sin, x)(x))(X)
+    with pytest.raises(TypeError, match="`fn` must be a function"):
+        unit_scale(3, X)
+    with pytest.raises(TypeError, match="`scales` must be the `Scales`"):
+        unit_scale(jnp.sin, X, scales={})
+
+
+def test_an_error_names_the_equation(monkeypatch):
+    def broken(here, x):
+        raise ValueError("no")
+
+    monkeypatch.setitem(_RULES, "sin", broken)
+
+    def f(x):
+        with jax.named_scope("here"):
+            return lax.scan(lambda c, _: (jnp.sin(c), None), x, length=2)[0]
+
+    with pytest.raises(ValueError, match=r"sin in here \(.*test_unit_scale.py:"):
+        unit_scale(f, X)(X)
+
+
+# -- What it costs ---------------------------------------------------------------------
+
+
+def test_it_adds_few_equations():
+    """Less than two multiplications for each product, and a third of the equations."""
+    loss, *args = _transformer(layers=3)
+    step = jax.value_and_grad(loss)
+
+    def count(f):
+        walk = trace(f, *args).region.walk()
+        return [e.primitive for e in walk if not e.can_be_opened]
+
+    plain, ours = count(step), count(unit_scale(step, *args))
+    added = ours.count("mul") - plain.count("mul")
+    assert 0 < added < 2 * plain.count("dot_general")
+    assert len(ours) < 1.2 * len(plain)
+
+
+def test_powers_of_two_in_the_function_cost_nothing():
+    f = lambda x, w: (x * 0.25) @ w / 8 * 2
+    x, w = normal(4, 16), normal(16, 8, seed=1, scale=0.7)
+    found = [e.primitive for e in trace(unit_scale(f, x, w), x, w).region.walk()]
+    assert sorted(found) == ["dot_general", "mul"]

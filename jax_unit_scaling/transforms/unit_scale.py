@@ -24,10 +24,11 @@ from .simulate import PRODUCTS
 from .track import Scales, Site, argument_sites, rms, sites
 
 # By how many powers of two data may be off unit scale. CLOSE is for what is rounded or
-# multiplied out: arguments, carries, a product's operands and result, casts to a
-# narrower dtype and `quantize`. FAR is for all else, where a multiplication for each
-# little equation would cost more than two of float16's thirty binades.
-CLOSE, FAR = 1.0, 2.0
+# multiplied out: arguments, what a loop carries, a product's operands, and what is cast
+# to a narrower dtype or quantised. Elsewhere the dtype's range decides: float32 and
+# bfloat16 (254 binades) do not notice eight, which spares a multiplication behind most
+# products and sums; float16 (30) is kept to two, and its products CLOSE.
+CLOSE, NARROW, WIDE = 1.0, 2.0, 8.0
 # The log2 of the scale of what is zero, or was not seen.
 _NONE = -math.inf
 
@@ -66,8 +67,9 @@ def unit_scale(
 
     Each floating-point tensor v is held as data times 2^k, where k = round(log2(rms))
     of v in one run on the example arguments, or one that comes for free and is close:
-    within a factor of 2 where data is multiplied, cast or quantised, and of 4
-    elsewhere. Arguments and results have their true values, so that optimisers and
+    within a factor of 2 where data is multiplied out, carried by a loop, cast to a
+    narrower dtype or quantised; elsewhere within 4 in float16, and 2^8 in dtypes with
+    float32's range. Arguments and results have their true values, so that optimisers and
     checkpoints see nothing new.
 
     Linear and homogeneous operations move the powers of two along: those of a product's
@@ -119,8 +121,8 @@ def unit_scale(
     for path, leaf in zip(call.paths, call.leaves, strict=True):
         if isinstance(leaf, jax.core.Tracer):
             raise TypeError(
-                f"`{path}` must be concrete, as its scale is measured, got {leaf}: call "
-                "`unit_scale` outside of jit, grad and vmap."
+                f"`{path}` must be concrete, as its scale is measured, got {leaf}: "
+                "call `unit_scale` outside of jit, grad and vmap."
             )
     measured = _calibrate(call) if scales is None else _recorded(scales)
     return UnitScaled(fn, call, measured)
@@ -379,9 +381,8 @@ class _UnitScale(Interpreter):
         if outs is None:
             outs = self.leave(equation, *args)
             reason = _why_truly(equation)
-        close = equation.primitive in PRODUCTS
         outs = [
-            _narrowed(_settle(x, s, CLOSE if close else FAR), aval)
+            _narrowed(_settle(x, s, _tolerance(equation, aval)), aval)
             for x, s, aval in zip(outs, here.results, equation.out_avals, strict=True)
         ]
         for site, x in zip(sites(equation), outs, strict=True):
@@ -409,7 +410,7 @@ class _UnitScale(Interpreter):
         # To the largest: a number that is too small is lost, one that is too large
         # takes all others with it.
         known = [x for x in values if isinstance(x, Scaled) and x.exponent is not None]
-        return max(known, key=lambda x: x.exponent, default=values[0])
+        return max(known, key=lambda x: x.exponent or 0, default=values[0])
 
     def match(self, value: Any, like: Any) -> Any:
         return _at(value, like.exponent) if isinstance(like, Scaled) else value
@@ -497,6 +498,15 @@ def _settle(value: Any, scale: float, tolerance: float) -> Any:
     if exponent is None or scale == _NONE or abs(scale - exponent) <= tolerance:
         return value
     return _at(value, round(scale))
+
+
+def _tolerance(equation: Equation, aval: Any) -> float:
+    if (
+        not _is_float(aval)
+        or jnp.finfo(aval.dtype).minexp <= jnp.finfo("float32").minexp
+    ):
+        return WIDE
+    return CLOSE if equation.primitive in PRODUCTS else NARROW
 
 
 def _narrowed(value: Any, aval: Any) -> Any:
@@ -659,7 +669,9 @@ def _product(here: _Here, lhs: Any, rhs: Any, *rest: Any) -> list[Any]:
     (y,) = here.bind(lhs, rhs, *rest, **changes)
     if here.results[0] == _NONE and exponent is not None:
         terms = _terms(here.equation)
-        return [_settle(Scaled(y, exponent), exponent + math.log2(terms) / 2, CLOSE)]
+        scale = exponent + math.log2(terms) / 2
+        tolerance = _tolerance(here.equation, here.equation.out_avals[0])
+        return [_settle(Scaled(y, exponent), scale, tolerance)]
     return [_held(y, exponent)]
 
 
@@ -736,8 +748,8 @@ _RULES: Mapping[str, _Rule] = {
         "split unstack tile rev sort top_k neg abs real copy copy_p "
         "reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min "
         "reduce_precision stop_gradient optimization_barrier name device_put "
-        "sharding_constraint layout_constraint reshard mesh_cast pvary pcast pbroadcast "
-        "pmax pmin ppermute all_gather all_gather_invariant all_to_all "
+        "sharding_constraint layout_constraint reshard mesh_cast pvary pcast "
+        "pbroadcast pmax pmin ppermute all_gather all_gather_invariant all_to_all "
         "reduce_scatter psum psum_invariant",
     ),
     **_rules(_summed, "reduce_sum cumsum reduce_window_sum"),
