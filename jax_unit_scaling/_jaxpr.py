@@ -103,7 +103,7 @@ class Region:
 
     @ft.cached_property
     def last_used(self) -> Mapping[str, list[Any]]:
-        """The variables that no equation behind one uses, nor the outputs, by its key."""
+        """By an equation's key the variables that nothing behind it uses."""
         seen = {v for v in self.jaxpr.outvars if not is_literal(v)}
         last = {}
         for equation in reversed(self.equations):

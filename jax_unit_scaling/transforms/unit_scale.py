@@ -7,6 +7,7 @@ stays what it was. How exponents move through an equation is a rule by its primi
 is off its scale by more than a tolerance, it is multiplied once and settled.
 """
 
+import contextlib
 import dataclasses
 import functools as ft
 import math
@@ -21,7 +22,16 @@ from jaxtyping import Array, Float
 from .._jaxpr import Call, Equation, Interpreter, Place, Region, Side, flow, is_literal
 from ..formats import quantize
 from .simulate import PRODUCTS
-from .track import Scales, Site, argument_sites, rms, sites
+from .track import (
+    HIGHEST,
+    LOWEST,
+    Scales,
+    Site,
+    Tensor,
+    argument_sites,
+    rms,
+    sites,
+)
 
 # By how many powers of two data may be off unit scale. CLOSE is for what is rounded or
 # multiplied out: arguments, what a loop carries, a product's operands, and what is cast
@@ -41,8 +51,9 @@ class Held:
         site: where it stands.
         exponent: the tensor is its data times 2^exponent; None for a constant of
             zeros or infinities, which are the same at any exponent.
-        scale: log2 of its scale on the example arguments; -inf if it was zero, NaN if
-            it was not seen.
+        scale: log2 of its scale on the example arguments; -inf if it was zero or all
+            fill of a mask (infinite or about its dtype's largest number), NaN if it was
+            not seen.
         reason: why it, or what it is computed from, is not unit-scaled; "" if it is.
     """
 
@@ -69,8 +80,8 @@ def unit_scale(
     of v in one run on the example arguments, or one that comes for free and is close:
     within a factor of 2 where data is multiplied out, carried by a loop, cast to a
     narrower dtype or quantised; elsewhere within 4 in float16, and 2^8 in dtypes with
-    float32's range. Arguments and results have their true values, so that optimisers and
-    checkpoints see nothing new.
+    float32's range. Arguments and results have their true values, so that optimisers
+    and checkpoints see nothing new.
 
     Linear and homogeneous operations move the powers of two along: those of a product's
     operands add up, a sum's operands are brought to the same one, a quotient's are
@@ -124,7 +135,10 @@ def unit_scale(
                 f"`{path}` must be concrete, as its scale is measured, got {leaf}: "
                 "call `unit_scale` outside of jit, grad and vmap."
             )
-    measured = _calibrate(call) if scales is None else _recorded(scales)
+    # Where something else is being traced, this is not to be part of it.
+    traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+    with jax.ensure_compile_time_eval() if traced else contextlib.nullcontext():
+        measured = _calibrate(call) if scales is None else _recorded(scales)
     return UnitScaled(fn, call, measured)
 
 
@@ -223,9 +237,20 @@ def _calibrate(call: Call) -> dict[Place, float]:
 
 
 def _recorded(scales: Scales) -> dict[Place, float]:
-    return {
-        t.site.place: _log2(t.forward.size, t.forward.scale) for t in scales.tensors
-    }
+    return {t.site.place: _recorded_scale(t) for t in scales.tensors}
+
+
+def _recorded_scale(tensor: Tensor) -> float:
+    stats = jax.tree.map(lambda x: np.asarray(x, np.float64), tensor.forward)
+    fill = _fill(tensor.site.dtype)
+    if np.max(stats.largest, initial=0) < fill:
+        return _log2(stats.size, stats.scale)
+    # Of numbers spread evenly over a binade the mean square is 7/3 of its lowest.
+    square = 7 / 3 * 4.0 ** np.arange(LOWEST, HIGHEST + 1)
+    counts = stats.histogram.reshape(-1, square.size).sum(0)
+    counts[square >= min(fill, 2.0**HIGHEST) ** 2] = 0
+    size = counts.sum() + np.sum(stats.zeros)
+    return _log2(size, math.sqrt(counts @ square / max(size, 1)))
 
 
 def _log2(size: Any, scale: Any) -> float:
@@ -290,13 +315,21 @@ def _measure(x: Any, place: Place, dtype: Any = None) -> _Measured | None:
 @ft.partial(jax.jit, static_argnames="dtype")
 def _size_and_rms(x: Any, dtype: np.dtype) -> tuple[Array, Array]:
     size = jnp.abs(x.astype(jnp.float32))
-    # What fills the place of masked logits is no part of a tensor's scale: infinities,
-    # and numbers within a factor of two of the dtype's largest, or about as large.
-    largest = float(jnp.finfo(dtype).max)
-    counts = (size < largest / 2) | ((size > largest) & (largest < 2.0**64))
-    weight = (counts & (size < 2.0**64)).astype(jnp.float32)
+    # What a float16 tensor would overflow to counts: it is not to.
+    counts = (size < _fill(dtype)) | ((size > 4 * _fill(dtype)) & (size < _FILL))
+    weight = counts.astype(jnp.float32)
     axes = tuple(range(size.ndim))
     return weight.sum(), rms(jnp.where(weight > 0, size, 0.0), weight, axes)
+
+
+# What fills the place of masked logits is no part of a tensor's scale: infinities, what
+# is about as large, and (before or behind a subtraction of the maximum) numbers within a
+# factor of two of the dtype's largest.
+_FILL = 2.0**64
+
+
+def _fill(dtype: Any) -> float:
+    return min(_FILL, float(jnp.finfo(dtype).max) / 2)
 
 
 def _is_measured(x: Any) -> bool:
@@ -392,7 +425,9 @@ class _UnitScale(Interpreter):
 
     def _hold(self, site: Site, value: Scaled, reason: str) -> None:
         scale = self._scales.get(site.place, math.nan)
-        unseen = {_NONE: "zero on the example arguments"}.get(scale, "")
+        unseen = {_NONE: "zero or a mask's fill on the example arguments"}.get(
+            scale, ""
+        )
         unseen = "not seen on the example arguments" if math.isnan(scale) else unseen
         unseen = "" if value.exponent is None else unseen
         reason = "; ".join(filter(None, (reason, unseen)))
@@ -466,12 +501,15 @@ def _why_truly(equation: Equation) -> str:
 
 
 def _times(x: Any, power: int) -> Any:
-    """x 2^power, in x's dtype; in steps that the dtype holds."""
+    """x 2^power, in x's dtype."""
     info = jnp.finfo(x.dtype)
     if isinstance(x, np.ndarray):  # a literal, in whose place stays what fits
         largest = float(info.max)
         value = math.ldexp(float(x), power)
         return np.asarray(min(max(value, -largest), largest), x.dtype)
+    if info.minexp > jnp.finfo(jnp.float32).minexp:
+        # XLA makes one factor of two in a row, which may be too much for float16.
+        return _times(x.astype(jnp.float32), power).astype(x.dtype)
     limit = -int(info.minexp)
     while power:
         step = min(max(power, -limit), limit)
