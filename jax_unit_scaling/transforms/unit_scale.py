@@ -149,7 +149,7 @@ class UnitScaled:
         ft.update_wrapper(self, fn, updated=())
         self._fn, self._scales = fn, scales
         self._region, self._arguments = call.region, argument_sites(call)
-        self._shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in call.leaves]
+        self._shapes = list(map(_shape, call.leaves))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = Call(self._fn, args, kwargs)
@@ -198,6 +198,12 @@ class UnitScaled:
                 f"on {n_new} arrays in place of {len(ours)} on {n_old}. Call "
                 "`unit_scale` on arguments like these."
             )
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(x, "sharding", None)
+    named = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named)
 
 
 # -- Calibration -----------------------------------------------------------------------
@@ -309,7 +315,8 @@ def _measure(x: Any, place: Place, dtype: Any = None) -> _Measured | None:
     """What is known of a tensor that has this dtype when it is not calibrated."""
     if not _is_float(x):
         return None
-    return _Measured(*_size_and_rms(x, jnp.dtype(dtype or x.dtype)), place)
+    size, scale = _size_and_rms(x, jnp.dtype(dtype or x.dtype))
+    return _Measured(size, scale, place)
 
 
 @ft.partial(jax.jit, static_argnames="dtype")
@@ -323,8 +330,8 @@ def _size_and_rms(x: Any, dtype: np.dtype) -> tuple[Array, Array]:
 
 
 # What fills the place of masked logits is no part of a tensor's scale: infinities, what
-# is about as large, and (before or behind a subtraction of the maximum) numbers within a
-# factor of two of the dtype's largest.
+# is about as large, and numbers within a factor of two of the dtype's largest, before or
+# behind a subtraction of the maximum.
 _FILL = 2.0**64
 
 
