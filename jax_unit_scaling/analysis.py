@@ -17,7 +17,15 @@ import numpy as np
 
 from . import formats as number_formats
 from .formats import Format
-from .transforms.track import HIGHEST, LOWEST, Scales, Site, Stats, Tensor
+from .transforms.track import (
+    HIGHEST,
+    LOWEST,
+    Scales,
+    Site,
+    Stats,
+    Tensor,
+    computed as computed,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -230,7 +238,8 @@ def _stats_cells(stats: Stats | None, formats: Sequence[str]) -> dict[str, Cell]
         "range": Cell(f"2^{low:.0f}..{high:.0f}" if stats.largest else "", high - low),
     }
     for i, name in enumerate(formats):
-        under, over = stats.underflow[i] / stats.size, stats.overflow[i] / stats.size
+        under = float(stats.underflow[i] / stats.size)
+        over = float(stats.overflow[i] / stats.size)
         text = " ".join(
             f"{sign}{share:.1%}"
             for sign, share in (("↓", under), ("↑", over))
@@ -311,10 +320,11 @@ def exponents(scales: Scales) -> "Figure":
             zorder=2,
         )
         for i, s in enumerate(stats):
-            if s is not None and s.size and s.zeros / s.size > _VISIBLE:
+            if s is not None and s.size and s.zeros / s.size > 0.005:
                 zero = f"{s.zeros / s.size:.0%} zero"
-                panel.text(HIGHEST + 0.5, i, zero, size=5, va="center", ha="right")
-        panel.set(title=side, xlabel="log2 |value|", xlim=(LOWEST, HIGHEST + 1))
+                panel.text(HIGHEST + 1.5, i, zero, size=5, va="center")
+        panel.set_title(side, pad=14)
+        panel.set(xlabel="log2 |value|", xlim=(LOWEST, HIGHEST + 1))
     _name_rows(axes[0, 0], found)
     return figure
 
@@ -325,12 +335,17 @@ def _shares(stats: Stats | None) -> np.ndarray:
     return np.asarray(stats.histogram / stats.size)
 
 
+# The end of a picture of scales, somewhat beyond float16's range.
+_SHOWN = (-40, 24)
+
+
 def depth(
     scales: Scales, *others: Scales, names: Sequence[str] = (), title: str | None = None
 ) -> "Figure":
     """The scale of each tensor (filled) and its cotangent (hollow), first at the top.
 
-    Grey are the formats' ranges. With several `scales`, of the same names or at least
+    Grey are the formats' ranges; what is beyond 2^-40 or 2^24 (the fill of a mask) is
+    drawn there, and a scale of zero is not drawn. With several `scales`, of the same names or at least
     of the same number of tensors, each has its colour and one of `names`.
 
     Reference: Unit Scaling (Blake et al., 2023), figure 1.
@@ -345,11 +360,12 @@ def depth(
         range(len(everything)), (("forward", "o-"), ("backward", "s:"))
     ):
         points = [
-            (_log2(getattr(found[k], side).scale), i)
+            (np.clip(_log2(getattr(found[k], side).scale), *_SHOWN), i)
             for i, found in enumerate(table)
-            if found[k] is not None and getattr(found[k], side) is not None
+            if found[k] is not None
+            and getattr(found[k], side) is not None
+            and getattr(found[k], side).scale > 0
         ]
-        points = [p for p in points if math.isfinite(p[0])]
         if points:
             panel.plot(
                 *zip(*points, strict=True),
@@ -362,7 +378,8 @@ def depth(
                 zorder=3,
             )
     panel.axvline(0, color="0.4", linewidth=0.8)
-    panel.set(xlabel="log2 scale (root mean square)", title=title)
+    panel.set_title(title or "", pad=14)
+    panel.set_xlabel("log2 scale (root mean square)")
     panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
     _name_rows(panel, [next(r for r in found if r is not None) for found in table])
     panel.set_ylim(len(table) - 0.5, -0.5)
@@ -386,9 +403,7 @@ def compare(a: Scales, b: Scales, *, names: Sequence[str] = ("a", "b")) -> Compa
     """
     records = []
     for x, y in _joined((a, b)):
-        row = x or y
-        assert row is not None  # `_joined` gives one of them at least
-        record: dict[str, Any] = {"tensor": row.name}
+        record: dict[str, Any] = {"tensor": getattr(x or y, "name", "")}
         for side in ("forward", "backward"):
             pair = [getattr(r, side, None) for r in (x, y)]
             log2 = [math.nan if s is None else _log2(s.scale) for s in pair]
@@ -561,10 +576,8 @@ document.querySelectorAll("th").forEach((head, column) => head.onclick = () => {
 """
 
 
-def save(
-    scales: Scales, path: str | os.PathLike[str], *, steps: Sequence[int] = ()
-) -> None:
-    """Writes `scales`, and the steps it is stacked over, as an .npz file."""
+def save(scales: Scales, path: str | os.PathLike[str]) -> None:
+    """Writes `scales` as an .npz file, for `load`."""
     sites = [
         dataclasses.asdict(t.site)
         | {"dtype": t.site.dtype.name, "has_backward": t.backward is not None}
@@ -574,32 +587,30 @@ def save(
         name: dataclasses.asdict(f) | {"dtype": f.dtype and f.dtype.name}
         for name, f in scales.formats
     }
-    about = json.dumps({"sites": sites, "formats": formats, "steps": list(steps)})
+    about = json.dumps({"sites": sites, "formats": formats})
     leaves = map(np.asarray, jax.tree.leaves(scales))
     with open(path, "wb") as file:
         np.savez_compressed(file, *leaves, about=np.array(about))
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Scales, list[int]]:
-    """What `save` wrote: the scales and their steps."""
+def load(path: str | os.PathLike[str]) -> Scales:
+    """What `save` wrote."""
     with np.load(path) as file:
         about = json.loads(str(file["about"]))
         leaves = iter([file[f"arr_{i}"] for i in range(len(file.files) - 1)])
-    tensors = []
+    n, tensors = len(Stats._fields), []
     for site in about["sites"]:
         has_backward = site.pop("has_backward")
-        tuples = {k: tuple(site[k]) for k in ("shape", "place")}
-        made = Site(**site | tuples | {"dtype": jax.numpy.dtype(site["dtype"])})
-        forward = Stats(*itertools.islice(leaves, len(Stats._fields)))
-        backward = itertools.islice(leaves, len(Stats._fields) * has_backward)
-        tensors.append(
-            Tensor(forward, Stats(*backward) if has_backward else None, made)
-        )
+        site |= {k: tuple(site[k]) for k in ("shape", "place")}
+        site["dtype"] = jax.numpy.dtype(site["dtype"])
+        forward = Stats(*itertools.islice(leaves, n))
+        backward = Stats(*itertools.islice(leaves, n)) if has_backward else None
+        tensors.append(Tensor(forward, backward, Site(**site)))
     formats = {
         name: Format(**f | {"dtype": f["dtype"] and jax.numpy.dtype(f["dtype"])})
         for name, f in about["formats"].items()
     }
-    return Scales(tuple(tensors), tuple(formats.items())), about["steps"]
+    return Scales(tuple(tensors), tuple(formats.items()))
 
 
 def _height(lines: int) -> float:
@@ -612,8 +623,8 @@ def _name_rows(panel: "Axes", found: Sequence[Row]) -> None:
 
 
 def _shade(panel: "Axes", formats: Iterable[tuple[str, Format]], lines: int) -> None:
-    """The formats' ranges behind everything, each with its name under the top edge."""
-    for k, (name, f) in enumerate(formats):
+    """The formats' ranges behind everything, each with its name above its lower end."""
+    for name, f in formats:
         low, high = math.log2(f.smallest_subnormal), math.log2(f.max)
         panel.axvspan(low, high, color="0.5", alpha=0.13, zorder=0, linewidth=0)
         normal = math.log2(f.smallest_normal)
@@ -621,7 +632,7 @@ def _shade(panel: "Axes", formats: Iterable[tuple[str, Format]], lines: int) -> 
         panel.annotate(
             name,
             (low, 1),
-            (1, -7 - 7 * k),
+            (1, 2),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
             size=6,

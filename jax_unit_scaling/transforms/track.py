@@ -252,15 +252,40 @@ def _through(
 ) -> tuple[Any, Any]:
     interpreter = _Track(tuple(formats.values()), where)
     side = Side(None, probes)
-    sites = [
+    values, record = interpreter.track(
+        argument_sites(call), side.of("arguments"), leaves
+    )
+    outs, records = interpreter.run(call.region, side, values)
+    return outs, {"arguments": record, **records}
+
+
+def argument_sites(call: Call) -> list[Site | None]:
+    """Where each input of a call stands; None if it is not floating point."""
+    return [
         Site(path, "argument", x.shape, np.dtype(x.dtype), False, (i,))
         if _is_float(x)
         else None
-        for i, (path, x) in enumerate(zip(call.paths, leaves, strict=True))
+        for i, (path, x) in enumerate(zip(call.paths, call.leaves, strict=True))
     ]
-    values, record = interpreter.track(sites, side.of("arguments"), leaves)
-    outs, records = interpreter.run(call.region, side, values)
-    return outs, {"arguments": record, **records}
+
+
+def sites(equation: Equation) -> list[Site | None]:
+    """Where each output of an equation stands; None if it is not floating point."""
+    where = equation.path or equation.source.split("/")[-1]
+    called = equation.name or equation.primitive
+    return [
+        Site(
+            f"{where}/{called}",
+            equation.source,
+            aval.shape,
+            np.dtype(aval.dtype),
+            equation.is_backward,
+            (*equation.place, i),
+        )
+        if _is_float(aval)
+        else None
+        for i, aval in enumerate(equation.out_avals)
+    ]
 
 
 class _Track(Interpreter):
@@ -277,23 +302,7 @@ class _Track(Interpreter):
     def rewrite(
         self, equation: Equation, side: Side, *args: Any
     ) -> tuple[Sequence[Any], Any]:
-        outs = self.leave(equation, *args)
-        where = equation.path or equation.source.split("/")[-1]
-        called = equation.name or equation.primitive
-        sites = [
-            Site(
-                f"{where}/{called}",
-                equation.source,
-                aval.shape,
-                np.dtype(aval.dtype),
-                equation.is_backward,
-                (*equation.place, i),
-            )
-            if _is_float(aval)
-            else None
-            for i, aval in enumerate(equation.out_avals)
-        ]
-        return self.track(sites, side, outs)
+        return self.track(sites(equation), side, self.leave(equation, *args))
 
     def track(
         self, sites: Sequence[Site | None], side: Side, values: Sequence[Any]
@@ -323,7 +332,7 @@ class _Track(Interpreter):
         def one(tensor: Tensor) -> Tensor:
             stats = tensor.forward
             merged = Stats(*(x.sum(0) for x in stats))._replace(
-                scale=_rms(stats.scale, stats.size, 0),
+                scale=rms(stats.scale, stats.size, 0),
                 largest=stats.largest.max(0),
                 smallest=stats.smallest.min(0),
             )
@@ -354,58 +363,53 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
     falls between two of the sorted `edges`, and all counts are sums over one histogram.
     """
     x = x.astype(jnp.float32)
-    bits = lax.bitcast_convert_type(x, jnp.int32) & _bits(math.nan)
+    bits = lax.bitcast_convert_type(x, jnp.int32) & _NAN
     binades = [_bits(2.0**k) for k in range(LOWEST + 1, HIGHEST + 1)]
+    inf = _bits(math.inf)
     # Half of the smallest number rounds to even: to zero.
-    under = [_bits(f.smallest_subnormal / 2) + 1 for f in formats]
-    over = [_bits(f.max) + 1 for f in formats]
-    others = [1, _bits(math.inf), _bits(math.inf) + 1, *under, *over]
+    kept = [_bits(f.smallest_subnormal / 2) + 1 for f in formats]
+    too_large = [_bits(f.max) + 1 for f in formats]
+    others = [1, inf, inf + 1, *kept, *too_large]
     edges = np.sort([*binades, *others])
     exponent = (bits >> 23) - (_bits(2.0**LOWEST) >> 23)
     passed = jnp.clip(exponent, 0, len(binades)) + sum(bits >= e for e in others)
     between = jnp.zeros(len(edges) + 1, jnp.int32).at[passed].add(1)
     above = jnp.cumsum(between[::-1])[::-1]
 
-    n = len(formats)
-    above = above[np.searchsorted(edges, [0, *others, *binades], side="right")]
-    size, nonzero, infinite, nan = (counts := above.astype(jnp.float32))[:4]
-    kept, too_large, finer = (
-        counts[4 : 4 + n],
-        counts[4 + n : 4 + 2 * n],
-        counts[4 + 2 * n :],
+    wanted = [[0, 1, inf, inf + 1], kept, too_large, [1, *binades, inf]]
+    found = above[np.searchsorted(edges, sum(wanted, []), side="right")]
+    ends = np.cumsum(list(map(len, wanted)))[:-1]
+    (size, nonzero, _, nan), kept_by, beyond, at_least = jnp.split(
+        found.astype(jnp.float32), ends
     )
-    finer = jnp.concatenate([nonzero[None], finer, infinite[None]])
-    least, largest = (
-        bits.min(initial=_bits(math.inf), where=bits > 0),
-        bits.max(initial=0),
-    )
-    smallest, largest = (
-        lax.bitcast_convert_type(v, jnp.float32) for v in (least, largest)
-    )
+    largest = _magnitude(bits.max(initial=0))
     relative = x / jnp.where(largest > 0, largest, 1)
     return Stats(
         size=size,
         total=x.sum(),
         scale=largest * jnp.sqrt(jnp.sum(relative**2) / max(x.size, 1)),
         largest=largest,
-        smallest=smallest,
+        smallest=_magnitude(bits.min(initial=inf, where=bits > 0)),
         zeros=size - nonzero,
-        histogram=finer[:-1] - finer[1:],
-        underflow=nonzero - kept,
-        overflow=too_large - nan,
+        histogram=at_least[:-1] - at_least[1:],
+        underflow=nonzero - kept_by,
+        overflow=beyond - nan,
     )
+
+
+# All bits of a float32 but the sign: the last NaN.
+_NAN = 0x7FFFFFFF
 
 
 def _bits(magnitude: float) -> int:
-    """The bits of a float32 as an integer: those of NaN are all but the sign."""
-    return (
-        0x7FFFFFFF
-        if math.isnan(magnitude)
-        else int(np.float32(magnitude).view(np.int32))
-    )
+    return int(np.float32(magnitude).view(np.int32))
 
 
-def _rms(x: Array, weight: Array, axis: int | tuple[int, ...]) -> Array:
+def _magnitude(bits: Array) -> Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def rms(x: Array, weight: Array, axis: int | tuple[int, ...]) -> Array:
     """The root of the weighted mean of squares, none of which overflows."""
     top = x.max(axis, keepdims=True, initial=0.0)
     relative = x / jnp.where(top > 0, top, 1)
