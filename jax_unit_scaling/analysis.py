@@ -345,8 +345,9 @@ def depth(
     """The scale of each tensor (filled) and its cotangent (hollow), first at the top.
 
     Grey are the formats' ranges; what is beyond 2^-40 or 2^24 (the fill of a mask) is
-    drawn there, and a scale of zero is not drawn. With several `scales`, of the same names or at least
-    of the same number of tensors, each has its colour and one of `names`.
+    drawn there, and a scale of zero is not drawn. With several `scales`, of the same
+    names or at least of the same number of tensors, each has its colour and one of
+    `names`.
 
     Reference: Unit Scaling (Blake et al., 2023), figure 1.
     """
