@@ -591,7 +591,7 @@ def save(scales: Scales, path: str | os.PathLike[str]) -> None:
     about = json.dumps({"sites": sites, "formats": formats})
     leaves = map(np.asarray, jax.tree.leaves(scales))
     with open(path, "wb") as file:
-        np.savez_compressed(file, *leaves, about=np.array(about))
+        np.savez(file, *leaves, about=np.array(about))
 
 
 def load(path: str | os.PathLike[str]) -> Scales:
