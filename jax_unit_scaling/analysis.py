@@ -157,7 +157,9 @@ def curves(
 def table(rows: Sequence[Mapping[str, Any]], *, title: str | None = None) -> "Table":
     """A rich table of records with the same keys; print it with `rich.print`."""
     rich = _extra("rich.table")
-    made: Table = rich.Table(*rows[0], title=title)
+    made: Table = rich.Table(title=title)
+    for column in rows[0]:
+        made.add_column(column, overflow="fold")  # long names are not cut
     for row in rows:
         made.add_row(*map(str, row.values()))
     return made

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._jaxpr import Call, Equation, Interpreter, Side
+from .._jaxpr import Call, Equation, Interpreter, Place, Side, flow, is_literal
 from ..formats import E4M3, E5M2, FP16, Format
 
 # The binades of a histogram: below lies what no 16-bit float format but bfloat16 holds.
@@ -61,7 +61,8 @@ class Site:
     """Where a tensor stands.
 
     Attributes:
-        name: the path of modules and scopes (or of an argument), and the primitive.
+        name: the path of modules and scopes, of an argument or the parameter that is
+            applied, and the primitive.
         source: the file and line.
         shape, dtype: of the tensor, in one iteration.
         is_backward: whether it belongs to a backward pass that is written down.
@@ -250,7 +251,7 @@ def _through(
     where: Callable[[Site], bool],
     probes: Any,
 ) -> tuple[Any, Any]:
-    interpreter = _Track(tuple(formats.values()), where)
+    interpreter = _Track(tuple(formats.values()), where, _parameters(call))
     side = Side(None, probes)
     values, record = interpreter.track(
         argument_sites(call), side.of("arguments"), leaves
@@ -269,9 +270,45 @@ def argument_sites(call: Call) -> list[Site | None]:
     ]
 
 
-def sites(equation: Equation) -> list[Site | None]:
-    """Where each output of an equation stands; None if it is not floating point."""
-    where = equation.path or equation.source.split("/")[-1]
+def _parameters(call: Call) -> dict[Place, str]:
+    """Of equations that take one parameter, itself or cast or scaled, its path.
+
+    NNX's modules leave no name in a jaxpr: `blocks/0/up/kernel/dot_general` says more
+    than a line that all blocks share. A parameter is an argument of floating point;
+    where two of them meet, or what was computed from them, there is no one path.
+    """
+    found: dict[Place, str] = {}
+    several = ""
+
+    def transfer(equation: Equation, given: list[Any]) -> list[Any]:
+        paths = {path for path in given if path}
+        variables = [v for v in equation.invars if not is_literal(v)]
+        fact = several if several in given or paths else None
+        if len(paths) == 1:
+            (path,) = paths
+            for n in range(1, len(equation.place) + 1):
+                found.setdefault(equation.place[:n], path)
+            if len(variables) == 1:
+                fact = path
+        return [fact] * len(equation.outvars)
+
+    def join(a: Any, b: Any) -> Any:
+        return b if a is None or a == b else a if b is None else several
+
+    facts = [
+        path if _is_float(x) else None
+        for path, x in zip(call.paths, call.leaves, strict=True)
+    ]
+    flow(call.region, facts, transfer, join=join, bottom=None)
+    return found
+
+
+def sites(equation: Equation, parameter: str = "") -> list[Site | None]:
+    """Where each output of an equation stands; None if it is not floating point.
+
+    It is called by its scope; without one by the parameter it takes, or by its source.
+    """
+    where = equation.path or parameter or equation.source.split("/")[-1]
     called = equation.name or equation.primitive
     return [
         Site(
@@ -290,9 +327,13 @@ def sites(equation: Equation) -> list[Site | None]:
 
 class _Track(Interpreter):
     def __init__(
-        self, formats: tuple[Format, ...], where: Callable[[Site], bool]
+        self,
+        formats: tuple[Format, ...],
+        where: Callable[[Site], bool],
+        parameters: Mapping[Place, str],
     ) -> None:
         self._formats, self._where = formats, where
+        self._parameters = parameters
 
     def wants(self, equation: Equation) -> bool:
         whole = equation.primitive.startswith("custom_") or equation.is_own
@@ -302,7 +343,9 @@ class _Track(Interpreter):
     def rewrite(
         self, equation: Equation, side: Side, *args: Any
     ) -> tuple[Sequence[Any], Any]:
-        return self.track(sites(equation), side, self.leave(equation, *args))
+        parameter = self._parameters.get(equation.place, "")
+        outs = self.leave(equation, *args)
+        return self.track(sites(equation, parameter), side, outs)
 
     def track(
         self, sites: Sequence[Site | None], side: Side, values: Sequence[Any]
