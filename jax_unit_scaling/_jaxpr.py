@@ -406,9 +406,15 @@ class Interpreter:
                 raise
         if self.is_inside(equation):
             if equation.can_be_opened:
-                return _CONTROL[equation.primitive](self, equation, side, args)
+                return self.open(equation, side, args)
             self.left(equation)
         return self.leave(equation, *args), None
+
+    def open(
+        self, equation: Equation, side: Side, args: Sequence[Value]
+    ) -> tuple[Sequence[Value], Any]:
+        """Builds an equation that can be opened again, around what is in it."""
+        return _CONTROL[equation.primitive](self, equation, side, args)
 
     def is_inside(self, equation: Equation) -> bool:
         """Whether there is something wanted in the equation's regions."""
