@@ -138,6 +138,11 @@ from .transforms.track import (
     track_scales as track_scales,
     track_value_and_grad as track_value_and_grad,
 )
+from .transforms.unit_scale import (
+    Held as Held,
+    UnitScaled as UnitScaled,
+    unit_scale as unit_scale,
+)
 
 # A Linen module is a dataclass, whose methods are compiled at import: as many as these
 # take as long as all the rest. So `linen` is imported when it is first used.

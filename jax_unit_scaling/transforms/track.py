@@ -228,15 +228,40 @@ def _through(
 ) -> tuple[Any, Any]:
     interpreter = _Track(tuple(formats.values()), where)
     side = Side(None, probes)
-    sites = [
+    values, record = interpreter.track(
+        argument_sites(call), side.of("arguments"), leaves
+    )
+    outs, records = interpreter.run(call.region, side, values)
+    return outs, {"arguments": record, **records}
+
+
+def argument_sites(call: Call) -> list[Site | None]:
+    """Where each input of a call stands; None if it is not floating point."""
+    return [
         Site(path, "argument", x.shape, np.dtype(x.dtype), False, (i,))
         if _is_float(x)
         else None
-        for i, (path, x) in enumerate(zip(call.paths, leaves, strict=True))
+        for i, (path, x) in enumerate(zip(call.paths, call.leaves, strict=True))
     ]
-    values, record = interpreter.track(sites, side.of("arguments"), leaves)
-    outs, records = interpreter.run(call.region, side, values)
-    return outs, {"arguments": record, **records}
+
+
+def sites(equation: Equation) -> list[Site | None]:
+    """Where each output of an equation stands; None if it is not floating point."""
+    where = equation.path or equation.source.split("/")[-1]
+    called = equation.name or equation.primitive
+    return [
+        Site(
+            f"{where}/{called}",
+            equation.source,
+            aval.shape,
+            np.dtype(aval.dtype),
+            equation.is_backward,
+            (*equation.place, i),
+        )
+        if _is_float(aval)
+        else None
+        for i, aval in enumerate(equation.out_avals)
+    ]
 
 
 class _Track(Interpreter):
@@ -253,23 +278,7 @@ class _Track(Interpreter):
     def rewrite(
         self, equation: Equation, side: Side, *args: Any
     ) -> tuple[Sequence[Any], Any]:
-        outs = self.leave(equation, *args)
-        where = equation.path or equation.source.split("/")[-1]
-        called = equation.name or equation.primitive
-        sites = [
-            Site(
-                f"{where}/{called}",
-                equation.source,
-                aval.shape,
-                np.dtype(aval.dtype),
-                equation.is_backward,
-                (*equation.place, i),
-            )
-            if _is_float(aval)
-            else None
-            for i, aval in enumerate(equation.out_avals)
-        ]
-        return self.track(sites, side, outs)
+        return self.track(sites(equation), side, self.leave(equation, *args))
 
     def track(
         self, sites: Sequence[Site | None], side: Side, values: Sequence[Any]
@@ -299,7 +308,7 @@ class _Track(Interpreter):
         def one(tensor: Tensor) -> Tensor:
             stats = tensor.forward
             merged = Stats(*(x.sum(0) for x in stats))._replace(
-                scale=_rms(stats.scale, stats.size, 0),
+                scale=rms(stats.scale, stats.size, 0),
                 largest=stats.largest.max(0),
                 smallest=stats.smallest.min(0),
             )
@@ -338,7 +347,7 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
     return Stats(
         size=count(size >= 0) + count(jnp.isnan(size)),
         total=x.sum(),
-        scale=_rms(size, jnp.ones_like(size), axes),
+        scale=rms(size, jnp.ones_like(size), axes),
         largest=size.max(initial=0.0),
         smallest=jnp.where(size > 0, size, jnp.inf).min(initial=jnp.inf),
         zeros=count(size == 0),
@@ -351,7 +360,7 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
     )
 
 
-def _rms(x: Array, weight: Array, axis: int | tuple[int, ...]) -> Array:
+def rms(x: Array, weight: Array, axis: int | tuple[int, ...]) -> Array:
     """The root of the weighted mean of squares, none of which overflows."""
     top = x.max(axis, keepdims=True, initial=0.0)
     relative = x / jnp.where(top > 0, top, 1)
