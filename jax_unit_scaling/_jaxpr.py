@@ -195,7 +195,11 @@ class Equation:
 
     @ft.cached_property
     def frames(self) -> tuple[str, ...]:
+<<<<<<< HEAD
         """The calls that led to it, as `file:line (function)`."""
+=======
+        """The calls that led to it, as `file:line (function)`, the innermost last."""
+>>>>>>> s12/audit
         frames = source_info_util.summarize(self.eqn.source_info, num_frames=32)
         return tuple(line.strip() for line in frames.splitlines())
 
@@ -416,9 +420,15 @@ class Interpreter:
                 raise
         if self.is_inside(equation):
             if equation.can_be_opened:
-                return _CONTROL[equation.primitive](self, equation, side, args)
+                return self.open(equation, side, args)
             self.left(equation)
         return self.leave(equation, *args), None
+
+    def open(
+        self, equation: Equation, side: Side, args: Sequence[Value]
+    ) -> tuple[Sequence[Value], Any]:
+        """Builds an equation that can be opened again, around what is in it."""
+        return _CONTROL[equation.primitive](self, equation, side, args)
 
     def is_inside(self, equation: Equation) -> bool:
         """Whether there is something wanted in the equation's regions."""

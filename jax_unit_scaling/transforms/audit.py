@@ -175,7 +175,7 @@ def audit_gradients(
 
     def audited(*args: Any, **kwargs: Any) -> Audit:
         call, inputs = traced_loss(fn, wanted, has_aux, args, kwargs)
-        facts = _Ratios(call.region).of_inputs()
+        facts = _Ratios(call).of_inputs()
         scaled = _gradients(Interpreter(), call, inputs)
         true = _gradients(_True(), call, inputs)
         rows = [
@@ -321,11 +321,16 @@ class _Ratio:
 
 
 class _Ratios:
-    """One pass from a region's first output, the loss, to its inputs."""
+    """One pass from a call's first output, the loss, to its inputs."""
 
-    def __init__(self, region: Region) -> None:
-        self._region = region
-        self._operations = operations(region)
+    def __init__(self, call: Call) -> None:
+        self._region = call.region
+        self._operations = operations(call.region)
+        rules = _Rules()
+        jax.eval_shape(
+            lambda *leaves: rules.run(call.region, Side(), leaves)[0], *call.leaves
+        )
+        self._rules = rules.found
         # What rounding may make of the sum of an operation's logarithms.
         self._error: dict[Operation, float] = {}
 
@@ -364,8 +369,9 @@ class _Ratios:
         if equation.name == _AT_RUN_TIME:
             assert outs[0] is not None
             return [outs[0].through(operation, math.nan, 1.0), None]
+        coefficients = _coefficients(equation, self._rules[equation.place])
         found: list[_Ratio | None] = []
-        for forward, backward in zip(*_coefficients(equation), strict=True):
+        for forward, backward in zip(*coefficients, strict=True):
             met = None
             for out, fwd, bwd in zip(outs, forward, backward, strict=True):
                 if out is not None:
@@ -412,18 +418,36 @@ def _difference(one: _Ratio, other: _Ratio, operation: Operation, i: int) -> flo
     return 0.0 if math.isnan(a) and math.isnan(b) else a - b
 
 
-def _coefficients(equation: Equation) -> tuple[list[list[float]], list[list[float]]]:
+class _Rules(Interpreter):
+    """Collects what each false equation does to cotangents, as a region of its inputs
+    and these: traced in its place, since inside a shard_map types depend on that."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[int, ...], Region] = {}
+
+    def wants(self, equation: Equation) -> bool:
+        return _is_false(equation)
+
+    def rewrite(
+        self, equation: Equation, side: Side, *args: Any
+    ) -> tuple[Sequence[Any], None]:
+        def backward(inputs: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+            return jax.vjp(equation.bind, *inputs)[1](list(cotangents))
+
+        outs = equation.bind(*args)
+        self.found[equation.place] = trace(backward, args, outs).region
+        return outs, None
+
+
+def _coefficients(
+    equation: Equation, rule: Region
+) -> tuple[list[list[float]], list[list[float]]]:
     """For each input of a linear function, what each output has of it, and what its
     cotangent has of each output's: by evaluation on scalars."""
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in equation.in_avals]
-    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in equation.out_avals]
-
-    def backward(inputs: Sequence[Any], cotangents: Sequence[Any]) -> Any:
-        return jax.vjp(equation.bind, *inputs)[1](list(cotangents))
-
-    forward = _on_units(equation.regions[0], shapes)
-    rows = _on_units(trace(backward, shapes, outs).region, [*shapes, *outs])
-    return forward, [list(column) for column in zip(*rows[len(shapes) :], strict=True)]
+    inputs, outs = equation.in_avals, equation.out_avals
+    forward = _on_units(equation.regions[0], inputs)
+    rows = _on_units(rule, [*inputs, *outs])[len(inputs) :]
+    return forward, [list(column) for column in zip(*rows, strict=True)]
 
 
 def _on_units(region: Region, inputs: Sequence[Any]) -> list[list[float]]:

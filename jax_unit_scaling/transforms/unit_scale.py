@@ -269,7 +269,8 @@ class _Calibrate(Interpreter):
     """Measures each tensor, in float32 or wider, with no rounding to a format."""
 
     def wants(self, equation: Equation) -> bool:
-        return not equation.can_be_opened or _is_called(equation)
+        is_wanted = not equation.can_be_opened or _is_called(equation)
+        return is_wanted or equation.primitive == "shard_map"
 
     def rewrite(
         self, equation: Equation, side: Side, *args: Any
@@ -280,6 +281,10 @@ class _Calibrate(Interpreter):
         elif _is_called(equation):
             (region,) = equation.regions
             outs, records = self.run(region, side, args)
+        elif equation.can_be_opened:
+            # One program for all devices, as they cannot wait for each other in many.
+            opened = jax.jit(lambda side, *args: self.open(equation, side, args))
+            outs, records = opened(side, *args)
         else:
             outs = self._widely(equation, args)
         if not equation.can_be_opened or _is_whole(equation):
@@ -287,6 +292,8 @@ class _Calibrate(Interpreter):
                 measured = _measure(x, (*equation.place, i), aval.dtype)
                 if measured is not None:
                     records[f"out{i}"] = measured
+        if not any(isinstance(x, jax.core.Tracer) for x in outs):
+            jax.block_until_ready(outs)  # as many programs in a row would as well
         return outs, records
 
     def _widely(self, equation: Equation, args: Sequence[Any]) -> list[Any]:
@@ -330,8 +337,8 @@ def _size_and_rms(x: Any, dtype: np.dtype) -> tuple[Array, Array]:
 
 
 # What fills the place of masked logits is no part of a tensor's scale: infinities, what
-# is about as large, and numbers within a factor of two of the dtype's largest, before or
-# behind a subtraction of the maximum.
+# is about as large, and numbers within a factor of two of the dtype's largest, before
+# or behind a subtraction of the maximum.
 _FILL = 2.0**64
 
 
