@@ -195,11 +195,7 @@ class Equation:
 
     @ft.cached_property
     def frames(self) -> tuple[str, ...]:
-<<<<<<< HEAD
-        """The calls that led to it, as `file:line (function)`."""
-=======
         """The calls that led to it, as `file:line (function)`, the innermost last."""
->>>>>>> s12/audit
         frames = source_info_util.summarize(self.eqn.source_info, num_frames=32)
         return tuple(line.strip() for line in frames.splitlines())
 

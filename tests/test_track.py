@@ -77,6 +77,21 @@ def test_what_is_not_finite_is_counted_as_size_alone():
     assert stats.smallest == 1 and jnp.isnan(stats.largest)
 
 
+def test_accelerators_count_the_same(monkeypatch):
+    x = jnp.array([[0.0, -3.0, jnp.nan], [jnp.inf, 2.0**-50, 500.0]])
+    x = jnp.concatenate([x, X[:, :3]])
+    want = jus.track_scales(lambda x: x * 1)(x)[1]
+
+    def elsewhere(*args, default, **by_platform):
+        return default(*args)
+
+    monkeypatch.setattr(lax, "platform_dependent", elsewhere)
+    jax.clear_caches()
+    found = jus.track_scales(lambda x: x * 1)(x)[1]
+    jax.clear_caches()
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
 def test_the_forward_tensors_alone_and_of_a_function_that_differentiates():
     _, scales = jax.jit(jus.track_scales(jax.grad(loss, (0, 1))))(X, W)
     backward = [t for t in scales.values() if t.site.is_backward]

@@ -400,10 +400,10 @@ def _probe(formats: tuple[Format, ...]) -> Callable[[Array, Tensor], Array]:
 # Jitted, so that it is traced once for all tensors of a shape.
 @ft.partial(jax.jit, static_argnums=1)
 def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
-    """The statistics of one tensor, in about two reads of it.
+    """The statistics of one tensor.
 
-    A float32's bits without the sign are ordered as magnitudes are. So each element
-    falls between two of the sorted `edges`, and all counts are sums over one histogram.
+    A float32's bits without the sign are ordered as magnitudes are. So all counts are
+    differences of `above`: how many elements are at least each of the sorted `edges`.
     """
     x = x.astype(jnp.float32)
     bits = lax.bitcast_convert_type(x, jnp.int32) & _NAN
@@ -414,11 +414,20 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
     too_large = [_bits(f.max) + 1 for f in formats]
     others = [1, inf, inf + 1, *kept, *too_large]
     edges = np.sort([*binades, *others])
-    exponent = (bits >> 23) - (_bits(2.0**LOWEST) >> 23)
-    passed = jnp.clip(exponent, 0, len(binades)) + sum(bits >= e for e in others)
-    between = jnp.zeros(len(edges) + 1, jnp.int32).at[passed].add(1)
-    above = jnp.cumsum(between[::-1])[::-1]
 
+    def scattered(bits: Array) -> Array:
+        exponent = (bits >> 23) - (_bits(2.0**LOWEST) >> 23)
+        passed = jnp.clip(exponent, 0, len(binades)) + sum(bits >= e for e in others)
+        between = jnp.zeros(len(edges) + 1, jnp.int32).at[passed].add(1)
+        return jnp.cumsum(between[::-1])[::-1]
+
+    def compared(bits: Array) -> Array:
+        least = jnp.asarray([0, *edges], jnp.int32)
+        axes = tuple(range(bits.ndim))
+        return jnp.sum(bits[..., None] >= least, axis=axes, dtype=jnp.int32)
+
+    # A CPU counts one element at a time; an accelerator's scatter would collide.
+    above = lax.platform_dependent(bits, cpu=scattered, default=compared)
     wanted = [[0, 1, inf, inf + 1], kept, too_large, [1, *binades, inf]]
     found = above[np.searchsorted(edges, sum(wanted, []), side="right")]
     ends = np.cumsum(list(map(len, wanted)))[:-1]
