@@ -36,12 +36,13 @@ from IPython.display import Image, display
 import jax_unit_scaling as jus
 from jax_unit_scaling import analysis
 
+rich.reconfigure(width=150)
 print("jax", jax.__version__, "on", jax.default_backend())
 
 
 def show(figure):
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=75)
+    figure.savefig(png, format="png", dpi=100)
     display(Image(png.getvalue()))
 
 
@@ -118,8 +119,8 @@ products = scales.where(lambda site: site.name.endswith("dot_general"))
 rich.print(analysis.summary(products, title="Products at initialisation"))
 
 # %% [markdown]
-# The scale of every tensor against depth, from the arguments down to the loss. The
-# cotangents sit near the lower end of FP16, and below E4M3.
+# The scale of each product against depth, the readout at the bottom. The cotangents
+# are below all that E4M3 holds, and at the lower end of E5M2.
 
 # %%
 show(analysis.depth(products))
