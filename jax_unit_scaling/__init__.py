@@ -119,6 +119,14 @@ from .scale import (
     scale_fwd as scale_fwd,
     scaled as scaled,
 )
+from .transforms.audit import (
+    Audit as Audit,
+    audit_gradients as audit_gradients,
+)
+from .transforms.cut_edges import (
+    CutEdges as CutEdges,
+    cut_edges as cut_edges,
+)
 from .transforms.simulate import (
     Product as Product,
     products as products,
@@ -129,6 +137,11 @@ from .transforms.track import (
     Scales as Scales,
     track_scales as track_scales,
     track_value_and_grad as track_value_and_grad,
+)
+from .transforms.unit_scale import (
+    Held as Held,
+    UnitScaled as UnitScaled,
+    unit_scale as unit_scale,
 )
 
 # A Linen module is a dataclass, whose methods are compiled at import: as many as these

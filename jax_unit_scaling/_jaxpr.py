@@ -23,9 +23,11 @@ closure would not survive a custom derivative:
   way. A cond fills in `empty` ones, a while loop and a shard_map `merge` them.
 
 Values may be pytrees in place of arrays, with static parts (an exponent, say): `lift`
-makes one, `lower` gives the array back for equations that are left, and `match` gives a
-loop's value the static parts that it had at first. `flow` is for what needs no values
-at all: it propagates facts through a region, to a fixpoint in loops.
+makes one, `lower` gives the array back for equations that are left. A loop's carry has
+the static parts that `carry` chooses, the outputs of a cond those that `join` does, and
+`match` gives them to a value. `flow` is for what needs no values at all: it propagates
+facts through a region, to a fixpoint in loops; `flow_back` does so from the outputs to
+the inputs, as cotangents go.
 
 This file is the only door to `jax.extend` and to what differs between JAX versions: how
 jaxprs are stored in parameters (`_regions`), and scan's layout (`_scan_lengths`).
@@ -81,6 +83,7 @@ class Region:
         inputs: for each of its inputs, which input of its equation that is.
         outputs: for each of its outputs, which output of its equation that is.
         carry: which output becomes which input of the next iteration.
+        around: its equation.
     """
 
     jaxpr: Any
@@ -90,13 +93,27 @@ class Region:
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     carry: tuple[tuple[int, int], ...] = ()
+    around: "Equation | None" = None
 
     @ft.cached_property
     def equations(self) -> tuple["Equation", ...]:
         return tuple(
-            Equation(eqn, (*self.place, i), self.scope)
+            Equation(eqn, (*self.place, i), self.scope, self.around)
             for i, eqn in enumerate(self.jaxpr.eqns)
         )
+
+    @ft.cached_property
+    def last_used(self) -> Mapping[str, list[Any]]:
+        """By an equation's key the variables that nothing behind it uses."""
+        seen = {v for v in self.jaxpr.outvars if not is_literal(v)}
+        last = {}
+        for equation in reversed(self.equations):
+            own = [
+                v for v in (*equation.invars, *equation.outvars) if not is_literal(v)
+            ]
+            last[equation.key] = [v for v in dict.fromkeys(own) if v not in seen]
+            seen.update(own)
+        return last
 
     def walk(self) -> Iterator["Equation"]:
         """All equations in it, those inside others behind them."""
@@ -113,6 +130,7 @@ class Equation:
     eqn: Any
     place: Place
     outer: str
+    around: "Equation | None" = None
 
     @property
     def primitive(self) -> str:
@@ -166,11 +184,20 @@ class Equation:
 
     @ft.cached_property
     def source(self) -> str:
-        """`file:line` of the innermost call outside of installed packages."""
+        """`file:line` of the innermost call outside of installed packages.
+
+        JAX does not know it of what is in its own functions: then that of their call.
+        """
+        own = [x for x in self.frames if not is_installed(x)]
+        if not own and self.around is not None:
+            return self.around.source
+        return (own or self.frames or ("unknown",))[-1]
+
+    @ft.cached_property
+    def frames(self) -> tuple[str, ...]:
+        """The calls that led to it, as `file:line (function)`, the innermost last."""
         frames = source_info_util.summarize(self.eqn.source_info, num_frames=32)
-        lines = [line.strip() for line in frames.splitlines()]
-        own = [x for x in lines if "site-packages" not in x and _PACKAGE not in x]
-        return (own or lines or ["unknown"])[-1]
+        return tuple(line.strip() for line in frames.splitlines())
 
     @ft.cached_property
     def name(self) -> str:
@@ -203,10 +230,11 @@ class Equation:
         name = f"[{self.name}]" if self.name else ""
         return f"{self.primitive}{name} in {self.scope or '<no scope>'} ({self.source})"
 
-    def bind(self, *args: Any) -> list[Any]:
-        """The equation itself, exactly, on these arrays."""
+    def bind(self, *args: Any, **changes: Any) -> list[Any]:
+        """The equation itself on these arrays, exactly but for changed parameters."""
         primitive = self.eqn.primitive
-        out = primitive.bind(*args, **primitive.get_bind_params(self.params))
+        params = primitive.get_bind_params({**self.params, **changes})
+        out = primitive.bind(*args, **params)
         return list(out) if primitive.multiple_results else [out]
 
     @contextlib.contextmanager
@@ -219,6 +247,11 @@ class Equation:
             self.eqn.ctx.manager,
         ):
             yield
+
+
+def is_installed(frame: str) -> bool:
+    """Whether a call is one of this library's or of another package's functions."""
+    return "site-packages" in frame or _PACKAGE in frame
 
 
 def is_literal(atom: Any) -> bool:
@@ -239,7 +272,14 @@ def _regions(equation: Equation) -> Iterator[Region]:
         opened, consts = _open(jaxpr)
         place = (*equation.place, next(number))
         return Region(
-            opened, consts, place, equation.scope, tuple(inputs), tuple(outputs), carry
+            opened,
+            consts,
+            place,
+            equation.scope,
+            tuple(inputs),
+            tuple(outputs),
+            carry,
+            equation,
         )
 
     number = iter(range(1 << 30))
@@ -323,8 +363,17 @@ class Interpreter:
     def lower(self, value: Value) -> Any:
         return value
 
+    def carry(self, body: Region, values: Sequence[Value]) -> Sequence[Value]:
+        """What a loop starts from, with the static parts that it is to keep."""
+        return values
+
+    def join(self, values: Sequence[Value]) -> Value:
+        """A value with the static parts for what each branch of a cond gives; of the
+        values here only shapes are known."""
+        return values[0]
+
     def match(self, value: Value, like: Value) -> Value:
-        """`value` with the static parts of `like`, as a loop's carry must have."""
+        """`value` with the static parts of `like`."""
         return value
 
     def leave(self, equation: Equation, *args: Value) -> list[Value]:
@@ -352,6 +401,8 @@ class Interpreter:
             env.update(zip(equation.outvars, outs, strict=True))
             if record is not None and jax.tree.leaves(record):
                 records[equation.key] = record
+            for v in region.last_used[equation.key]:
+                del env[v]  # where arrays are no tracers, memory is freed
         return [read(v) for v in region.jaxpr.outvars], records
 
     def _evaluate(
@@ -365,9 +416,15 @@ class Interpreter:
                 raise
         if self.is_inside(equation):
             if equation.can_be_opened:
-                return _CONTROL[equation.primitive](self, equation, side, args)
+                return self.open(equation, side, args)
             self.left(equation)
         return self.leave(equation, *args), None
+
+    def open(
+        self, equation: Equation, side: Side, args: Sequence[Value]
+    ) -> tuple[Sequence[Value], Any]:
+        """Builds an equation that can be opened again, around what is in it."""
+        return _CONTROL[equation.primitive](self, equation, side, args)
 
     def is_inside(self, equation: Equation) -> bool:
         """Whether there is something wanted in the equation's regions."""
@@ -412,6 +469,7 @@ def _scan(self: Interpreter, equation: Equation, side: Side, args: Any) -> Outs:
     (region,), params = equation.regions, equation.params
     n_consts, n_carry = _scan_lengths(params)
     consts, init = args[:n_consts], args[n_consts : n_consts + n_carry]
+    init = list(self.carry(region, init))
     steps = None if side.shared is None else jnp.arange(params["length"])
 
     def body(carry: Any, x: Any) -> Any:
@@ -436,7 +494,7 @@ def _while(self: Interpreter, equation: Equation, side: Side, args: Any) -> Outs
     condition, body = equation.regions
     n, m = equation.params["cond_nconsts"], equation.params["body_nconsts"]
     cond_consts, body_consts, init = args[:n], args[n : n + m], args[n + m :]
-    shared = side.shared
+    init, shared = list(self.carry(body, init)), side.shared
 
     def keep(state: Any) -> Any:
         step, _, carry = state
@@ -472,14 +530,17 @@ def _cond(self: Interpreter, equation: Equation, side: Side, args: Any) -> Outs:
         return run
 
     branches = [branch(i, region) for i, region in enumerate(equation.regions)]
-    shapes: dict[str, Any] = {}
-    for run in branches:
-        shapes.update(jax.eval_shape(run, side, *operands)[1])
+    given, found = zip(
+        *(jax.eval_shape(run, side, *operands) for run in branches), strict=True
+    )
+    likes = [self.join(values) for values in zip(*given, strict=True)]
+    shapes = {k: v for records in found for k, v in records.items()}
 
     def filled(run: Callable[..., Outs]) -> Callable[..., Outs]:
         def call(side: Side, *operands: Value) -> Outs:
             outs, records = run(side, *operands)
             others = {k: v for k, v in shapes.items() if k not in records}
+            outs = [self.match(v, like) for v, like in zip(outs, likes, strict=True)]
             return outs, {**self.empty(others), **records}
 
         return call
@@ -567,19 +628,24 @@ def _custom(self: Interpreter, equation: Equation, side: Side, args: Any) -> Out
         ]
         return [g for g, wanted in zip(pull(given), is_float, strict=True) if wanted]
 
+    def run(region: Region, shared: Any, args: Sequence[Any]) -> list[Any]:
+        # Arrays in and out: JAX's rules for these functions know no other values.
+        outs, _ = self.run(region, Side(shared), list(map(self.lift, args)))
+        return list(map(self.lower, outs))
+
     @jax.custom_vjp
     def called(shared: Any, *args: Any) -> list[Any]:
-        return self.run(region, Side(shared), args)[0]
+        return run(region, shared, args)
 
     def interpret(fn: Callable[..., Any], n: int, shared: Any, *args: Any) -> Any:
         inner, leaves, tree = trace(fn, *args)
         scope = f"{equation.scope}/transpose()" if fn is transpose else equation.scope
         place = (*equation.place, n)
-        inner = dataclasses.replace(inner, place=place, scope=scope)
+        inner = dataclasses.replace(inner, place=place, scope=scope, around=equation)
         # Of the transposed rule the last arguments are cotangents.
         count = len(leaves) - len(jax.tree.leaves(args[0])) if fn is transpose else 0
         self.begin(inner, [i >= len(leaves) - count for i in range(len(leaves))])
-        return jax.tree.unflatten(tree, self.run(inner, Side(shared), leaves)[0])
+        return jax.tree.unflatten(tree, run(inner, shared, leaves))
 
     def forward(shared: Any, *args: Any) -> Any:
         outs, pull = interpret(vjp, 1, shared, *args)
@@ -642,27 +708,41 @@ def flow(
     join: Callable[[Any, Any], Any],
     bottom: Any,
     literal: Callable[[Equation, Any], Any] | None = None,
+    opens: Callable[[Equation], bool] = lambda equation: equation.can_be_opened,
+    enter: Callable[[Region, list[Any]], Sequence[Any]] | None = None,
 ) -> list[Any]:
     """Propagates facts about a region's inputs to its outputs.
 
-    `transfer` gives the facts about an equation's outputs from those about its inputs;
-    of constants `bottom` is known, and of literals what `literal` says of their value
-    in an equation (or `bottom`). Equations that can be opened are: their
-    branches are joined, and loops are run through until nothing changes, so that `join`
-    must grow and end (and `transfer` see an equation once more each time).
+    `transfer` gives the facts about an equation's outputs from those about its inputs.
+    `enter` is told of those about each region's inputs, and gives those about its
+    constants (else `bottom`); of literals it is what `literal` says of their value in
+    an equation (or `bottom`). What `opens` selects is opened: branches are
+    joined, and loops are run through until nothing changes, so that `join` must grow
+    and end (and `transfer` see an equation once more each time).
     """
     env = dict.fromkeys(region.jaxpr.constvars, bottom)
+    if enter:
+        constants = enter(region, list(facts))
+        env.update(zip(region.jaxpr.constvars, constants, strict=True))
     env.update(zip(region.jaxpr.invars, facts, strict=True))
 
     def read(atom: Any) -> Any:
         return bottom if is_literal(atom) else env[atom]
 
+    again = ft.partial(
+        flow,
+        transfer=transfer,
+        join=join,
+        bottom=bottom,
+        literal=literal,
+        opens=opens,
+        enter=enter,
+    )
+
     def inside(inner: Region, given: list[Any]) -> list[Any]:
         inputs = [given[i] for i in inner.inputs]
         while True:
-            outs = flow(
-                inner, inputs, transfer, join=join, bottom=bottom, literal=literal
-            )
+            outs = again(inner, inputs)
             old = list(inputs)
             for out, into in inner.carry:
                 inputs[into] = join(inputs[into], outs[out])
@@ -674,7 +754,7 @@ def flow(
             literal(equation, v.val) if literal and is_literal(v) else read(v)
             for v in equation.invars
         ]
-        if equation.can_be_opened:
+        if opens(equation):
             # A loop that does not run gives back what it was given.
             outs = [bottom] * len(equation.outvars)
             for inner in equation.regions:
@@ -687,6 +767,57 @@ def flow(
             outs = list(transfer(equation, given))
         env.update(zip(equation.outvars, outs, strict=True))
     return [read(v) for v in region.jaxpr.outvars]
+
+
+def flow_back(
+    region: Region,
+    facts: Sequence[Any],
+    transfer: Callable[[Equation, list[Any]], Sequence[Any] | None],
+    *,
+    join: Callable[[Any, Any], Any],
+) -> list[Any]:
+    """Propagates facts about a region's outputs to its inputs.
+
+    `transfer` gives the facts about an equation's inputs from those about its outputs,
+    or None to have the equation opened. What nothing is known of has the fact None;
+    the facts of a value's several uses are joined, and `join(old, new)` must be `old`
+    where there is nothing new in it, so that loops come to an end.
+    """
+    env: dict[Any, Any] = {}
+
+    def met(old: Any, new: Any) -> Any:
+        if old is None or new is None:
+            return new if old is None else old
+        return join(old, new)
+
+    def add(atoms: Sequence[Any], facts: Sequence[Any]) -> None:
+        for atom, fact in zip(atoms, facts, strict=True):
+            if not is_literal(atom):
+                env[atom] = met(env.get(atom), fact)
+
+    def inside(inner: Region, given: list[Any]) -> list[Any]:
+        outputs = [given[i] for i in inner.outputs]
+        while True:
+            inputs = flow_back(inner, outputs, transfer, join=join)
+            old = list(outputs)
+            for out, into in inner.carry:
+                outputs[out] = met(outputs[out], inputs[into])
+            if outputs == old:
+                return inputs
+
+    add(region.jaxpr.outvars, facts)
+    for equation in reversed(region.equations):
+        given = [env.get(v) for v in equation.outvars]
+        if all(fact is None for fact in given):
+            continue
+        found = transfer(equation, given)
+        if found is not None:
+            add(equation.invars, found)
+            continue
+        for inner in filter(lambda inner: inner.outputs, equation.regions):
+            atoms = [equation.invars[i] for i in inner.inputs]
+            add(atoms, inside(inner, given))
+    return [env.get(v) for v in region.jaxpr.invars]
 
 
 # -- Functions of anything -------------------------------------------------------------
@@ -827,7 +958,9 @@ class Call:
     ) -> list[str]:
         first = {id(x): path for path, x in zip(reversed(paths), reversed(parts))}  # noqa: B905
         named = [
-            first[id(v)] + path for v in self._variables for path in _flatten(v)[0]
+            "/".join((first[id(v)], *([path] if path != "value" else [])))
+            for v in self._variables
+            for path in _flatten(v)[0]
         ]
         named += [p for p, x in zip(paths, parts, strict=True) if not _is_variable(x)]
         return [p for p, dynamic in zip(named, is_input, strict=True) if dynamic]

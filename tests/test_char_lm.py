@@ -16,7 +16,13 @@ from experiments.char_lm.data import eval_batches, load_corpus, train_batch
 from experiments.char_lm.demo import DemoConfig, demo
 from experiments.char_lm.model import ModelConfig
 from experiments.char_lm.sweep import SweepConfig, sweep
-from experiments.char_lm.train import TrainConfig, make_task, read_metrics, train
+from experiments.char_lm.train import (
+    TrainConfig,
+    make_task,
+    read_metrics,
+    read_scales,
+    train,
+)
 
 
 @pytest.fixture
@@ -88,6 +94,29 @@ def test_a_run_learns(folder, parametrisation, precision):
     if (parametrisation, precision) != ("regular", "fp8"):  # which may well stall
         assert final["valid_bits"] < uniform
     assert np.isfinite(final["valid_bits"])
+
+
+@pytest.mark.parametrize("parametrisation", ["unit", "regular"])
+def test_scales_are_recorded_at_an_interval_and_change_nothing(folder, parametrisation):
+    config = _config(folder, parametrisation=parametrisation)
+    tracked = dataclasses.replace(config, out=folder / "tracked", track_every=8)
+    train(config, progress=False), train(tracked, progress=False)
+    losses = [
+        [r["loss_bits"] for r in read_metrics(c.out) if "loss_bits" in r]
+        for c in (config, tracked)
+    ]
+    # The same step, compiled with other fusions: some units in the last place.
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    scales, steps = read_scales(tracked.out)
+    assert steps == [0, 8, 16]
+    (kernel,) = [t for n, t in scales.items() if n.endswith("readout/kernel")]
+    init = make_task(config, len(load_corpus(folder).vocabulary)).state[0]
+    want = np.sqrt(np.mean(np.square(init["readout"]["kernel"][...])))
+    assert kernel.forward.scale.shape == kernel.backward.scale.shape == (3,)
+    np.testing.assert_allclose(kernel.forward.scale[0], want, rtol=1e-6)
+    assert (kernel.forward.scale[1:] != kernel.forward.scale[:-1]).all()
+    assert "Scales over time" in (tracked.out / "scales.html").read_text()
+    assert (tracked.out / "scales.png").stat().st_size > 10_000
 
 
 def test_a_killed_run_loses_one_interval_and_ends_with_the_same_numbers(folder):

@@ -5,6 +5,7 @@ process of its own, which the decorator `on_eight_devices` sends a test's body t
 """
 
 import functools as ft
+import importlib
 import multiprocessing
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -35,8 +36,8 @@ def _devices():
     return ProcessPoolExecutor(1, mp_context=spawn, initializer=_start)
 
 
-def _call(name, kwargs):
-    globals()[name].__wrapped__(**kwargs)
+def _call(module, name, kwargs):
+    getattr(importlib.import_module(module), name).__wrapped__(**kwargs)
 
 
 def on_eight_devices(test):
@@ -44,7 +45,7 @@ def on_eight_devices(test):
 
     @ft.wraps(test)
     def sent(**kwargs):
-        _devices().submit(_call, test.__name__, kwargs).result()
+        _devices().submit(_call, test.__module__, test.__name__, kwargs).result()
 
     return sent
 

@@ -68,6 +68,31 @@ def test_extreme_values_are_counted():
     check(scales["args/0"].forward, x)
 
 
+def test_what_is_not_finite_is_counted_as_size_alone():
+    x = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0, 0.0])
+    _, scales = jus.track_scales(lambda x: x * 1)(x)
+    stats = scales["args/0"].forward
+    assert stats.size == 5 and stats.zeros == 1 and stats.histogram.sum() == 1
+    np.testing.assert_array_equal(stats.overflow, [2, 2, 2])  # of infinities
+    assert stats.smallest == 1 and jnp.isnan(stats.largest)
+
+
+def test_accelerators_count_the_same(monkeypatch):
+    x = jnp.array([[0.0, -3.0, jnp.nan], [jnp.inf, 2.0**-50, 500.0]])
+    x = jnp.concatenate([x, X[:, :3]])
+    want = jus.track_scales(lambda x: x * 1)(x)[1]
+
+    def elsewhere(*args, default, **by_platform):
+        return default(*args)
+
+    monkeypatch.setattr(lax, "platform_dependent", elsewhere)
+    jax.clear_caches()
+    found = jus.track_scales(lambda x: x * 1)(x)[1]
+    jax.clear_caches()
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_the_forward_tensors_alone_and_of_a_function_that_differentiates():
     _, scales = jax.jit(jus.track_scales(jax.grad(loss, (0, 1))))(X, W)
     backward = [t for t in scales.values() if t.site.is_backward]
@@ -148,6 +173,30 @@ def test_a_module_and_its_names():
     assert np.any(model.norm.mean[...] != 0)
     assert any("norm/scale" in name for name in scales)
     assert any(name.endswith("relu") for name in scales)
+
+
+def test_products_are_called_by_the_parameter_they_apply():
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.embed = nnx.Embed(5, 8, rngs=rngs)
+            self.layers = nnx.List(
+                nnx.Linear(8, 8, dtype=jnp.bfloat16, rngs=rngs) for _ in range(2)
+            )
+
+        def __call__(self, ids):
+            x = self.embed(ids)
+            for layer in self.layers:
+                x = jnp.tanh(layer(x))
+            return x
+
+    _, scales = jus.track_scales(lambda net, ids: net(ids))(Net(), jnp.arange(5))
+    for i in range(2):
+        assert f"args/0/layers/{i}/kernel/dot_general" in scales
+        assert f"args/0/layers/{i}/bias/add" in scales
+    assert any(name.startswith("args/0/embed/embedding/") for name in scales)
+    (tanh, _) = (n for n in scales if "tanh" in n)
+    assert tanh.startswith("test_track.py")
 
 
 @pytest.mark.parametrize("t", [jus.track_scales, jus.track_value_and_grad])

@@ -25,7 +25,8 @@ class Training:
     init: Callable[[Any], Any]
     """seed -> state"""
     step: Callable[..., Any]
-    """(state, learning rate, inputs, targets) -> (state, loss in nats)"""
+    """(state, learning rate, inputs, targets) -> (state, loss in nats); with
+    `value_and_grad=jus.track_value_and_grad` the scales too"""
     nats: Callable[..., jax.Array]
     """(state, inputs, targets) -> the loss of each character, [batch, length]"""
 
@@ -50,13 +51,20 @@ def make_training(
         # The rate is no part of an optimiser's state.
         return params, make_optimiser(1.0).init(params)
 
-    def step(state: Any, rate: Any, inputs: jax.Array, targets: jax.Array) -> Any:
+    def step(
+        state: Any,
+        rate: Any,
+        inputs: jax.Array,
+        targets: jax.Array,
+        *,
+        value_and_grad: Callable[..., Any] = jax.value_and_grad,
+    ) -> Any:
         params, opt_state = state
-        value, grads = jax.value_and_grad(
+        value, grads, *scales = value_and_grad(
             lambda p: loss(nnx.merge(graph, p)(inputs), targets)
         )(params)
         updates, opt_state = make_optimiser(rate).update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
+        return (optax.apply_updates(params, updates), opt_state), value, *scales
 
     def nats(state: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, state[0])(inputs).astype(jnp.float32)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools as ft
 import json
 import math
 import platform
@@ -21,6 +22,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+import jax_unit_scaling as jus
+from jax_unit_scaling import analysis
 
 from .data import Batch, Corpus, Ids, eval_batches, load_corpus, train_batch
 from .model import ModelConfig
@@ -48,6 +52,10 @@ class TrainConfig:
     seed: int = 0
     eval_characters: int = 65536
     checkpoint_every: int = 200
+    track_every: int = 0
+    """After so many steps each, the scales of weights, products and their cotangents go
+    into the run's folder: scales/<step>.npz, and at the end scales.html and .png. 0 for
+    never."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "length", "eval_characters", "checkpoint_every"):
@@ -55,6 +63,10 @@ class TrainConfig:
                 raise ValueError(
                     f"`{name}` must be 1 or more, got {getattr(self, name)}."
                 )
+        if self.track_every < 0:
+            raise ValueError(
+                f"`track_every` must be 0 or more, got {self.track_every}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +76,8 @@ class Task:
     state: Any
     step: Callable[..., Any]
     """(state, inputs, targets) -> (state, loss in nats)"""
+    tracked_step: Callable[..., Any]
+    """(state, inputs, targets) -> (state, loss in nats, scales)"""
     nats: Callable[..., jax.Array]
     """(state, inputs, targets) -> the loss of each character, [batch, length]"""
 
@@ -81,7 +95,23 @@ def make_task(config: TrainConfig, vocabulary: int) -> Task:
     def step(state: Any, inputs: jax.Array, targets: jax.Array) -> Any:
         return training.step(state, config.learning_rate, inputs, targets)
 
-    return Task(training.init(config.seed), step, jax.jit(training.nats))
+    @jax.jit
+    def tracked_step(state: Any, inputs: jax.Array, targets: jax.Array) -> Any:
+        track = ft.partial(jus.track_value_and_grad, where=_is_watched)
+        rate = config.learning_rate
+        return training.step(state, rate, inputs, targets, value_and_grad=track)
+
+    state = training.init(config.seed)
+    return Task(state, step, tracked_step, jax.jit(training.nats))
+
+
+def _is_watched(site: Any) -> bool:
+    """Weights, products, and factors: what the formats of a training run have to hold.
+
+    All tensors would be ten times as many, and their statistics as long to compile.
+    """
+    watched = ("/dot_general", "/scaling")
+    return site.source == "argument" or site.name.endswith(watched)
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
@@ -105,7 +135,11 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         with _progress(config, start, progress) as show:
             for i in range(start, config.steps):
                 b = _train_batch(config, corpus, i)
-                state, value = task.step(state, b.inputs, b.targets)
+                if config.track_every and i % config.track_every == 0:
+                    state, value, scales = task.tracked_step(state, b.inputs, b.targets)
+                    analysis.save(scales, _scales_folder(config) / f"{i}.npz")
+                else:
+                    state, value = task.step(state, b.inputs, b.targets)
                 if i % 10 == 0 or i + 1 == config.steps:
                     bits = float(value) / math.log(2)
                     _log(config, step=i, loss_bits=bits)
@@ -118,6 +152,10 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         "valid_bits": _evaluate(config, task, state, corpus.valid),
     }
     _log(config, **final)
+    if config.track_every:
+        scales, steps = read_scales(config.out)
+        analysis.report(scales, config.out / "scales.html", steps=steps)
+        analysis.timeline(scales, steps).savefig(config.out / "scales.png", dpi=110)
     return final
 
 
@@ -234,6 +272,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
+
+
+def _scales_folder(config: TrainConfig) -> Path:
+    folder = config.out / "scales"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def read_scales(run: Path) -> tuple[jus.Scales, list[int]]:
+    """The scales of a run, stacked over the steps at which they were recorded."""
+    steps = sorted(int(path.stem) for path in (run / "scales").glob("*.npz"))
+    records = [analysis.load(run / "scales" / f"{step}.npz") for step in steps]
+    return analysis.stack(records), steps
 
 
 if __name__ == "__main__":

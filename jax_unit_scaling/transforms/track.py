@@ -7,6 +7,7 @@ tensor's. So everything stays a pure function, and the memory is that of the num
 
 import dataclasses
 import functools as ft
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._jaxpr import Call, Equation, Interpreter, Side
+from .._jaxpr import Call, Equation, Interpreter, Place, Side, flow, is_literal
 from ..formats import E4M3, E5M2, FP16, Format
 
 # The binades of a histogram: below lies what no 16-bit float format but bfloat16 holds.
@@ -60,7 +61,8 @@ class Site:
     """Where a tensor stands.
 
     Attributes:
-        name: the path of modules and scopes (or of an argument), and the primitive.
+        name: the path of modules and scopes, of an argument or the parameter that is
+            applied, and the primitive.
         source: the file and line.
         shape, dtype: of the tensor, in one iteration.
         is_backward: whether it belongs to a backward pass that is written down.
@@ -122,6 +124,29 @@ class Scales(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    def where(self, keep: Callable[[Site], bool]) -> "Scales":
+        """Those tensors alone whose site `keep` says to keep."""
+        kept = tuple(t for t in self.tensors if keep(t.site))
+        return dataclasses.replace(self, tensors=kept)
+
+
+# What gives the elements it is given, or some of them, in another place or dtype.
+_MOVES = frozenset(
+    "broadcast_in_dim concatenate convert_element_type copy dynamic_slice expand_dims "
+    "gather optimization_barrier pad reshape rev slice split squeeze stop_gradient "
+    "transpose".split()
+)
+
+
+def computed(site: Site) -> bool:
+    """Whether a tensor is an argument or computed, not only moved: pass it as `where`.
+
+    Left out are reshapes, slices, casts and the like, and what is no larger than a
+    scalar: about half of a model's tensors, whose scales are those of others.
+    """
+    moved = site.name.split("/")[-1] in _MOVES
+    return site.source == "argument" or not (moved or math.prod(site.shape) == 1)
 
 
 def track_scales(
@@ -226,24 +251,89 @@ def _through(
     where: Callable[[Site], bool],
     probes: Any,
 ) -> tuple[Any, Any]:
-    interpreter = _Track(tuple(formats.values()), where)
+    interpreter = _Track(tuple(formats.values()), where, _parameters(call))
     side = Side(None, probes)
-    sites = [
-        Site(path, "argument", x.shape, np.dtype(x.dtype), False, (i,))
-        if _is_float(x)
-        else None
-        for i, (path, x) in enumerate(zip(call.paths, leaves, strict=True))
-    ]
-    values, record = interpreter.track(sites, side.of("arguments"), leaves)
+    values, record = interpreter.track(
+        argument_sites(call), side.of("arguments"), leaves
+    )
     outs, records = interpreter.run(call.region, side, values)
     return outs, {"arguments": record, **records}
 
 
+def argument_sites(call: Call) -> list[Site | None]:
+    """Where each input of a call stands; None if it is not floating point."""
+    return [
+        Site(path, "argument", x.shape, np.dtype(x.dtype), False, (i,))
+        if _is_float(x)
+        else None
+        for i, (path, x) in enumerate(zip(call.paths, call.leaves, strict=True))
+    ]
+
+
+def _parameters(call: Call) -> dict[Place, str]:
+    """Of equations that take one parameter, itself or cast or scaled, its path.
+
+    NNX's modules leave no name in a jaxpr: `blocks/0/up/kernel/dot_general` says more
+    than a line that all blocks share. A parameter is an argument of floating point;
+    where two of them meet, or what was computed from them, there is no one path.
+    """
+    found: dict[Place, str] = {}
+    several = ""
+
+    def transfer(equation: Equation, given: list[Any]) -> list[Any]:
+        paths = {path for path in given if path}
+        variables = [v for v in equation.invars if not is_literal(v)]
+        fact = several if several in given or paths else None
+        if len(paths) == 1:
+            (path,) = paths
+            for n in range(1, len(equation.place) + 1):
+                found.setdefault(equation.place[:n], path)
+            if len(variables) == 1:
+                fact = path
+        return [fact] * len(equation.outvars)
+
+    def join(a: Any, b: Any) -> Any:
+        return b if a is None or a == b else a if b is None else several
+
+    facts = [
+        path if _is_float(x) else None
+        for path, x in zip(call.paths, call.leaves, strict=True)
+    ]
+    flow(call.region, facts, transfer, join=join, bottom=None)
+    return found
+
+
+def sites(equation: Equation, parameter: str = "") -> list[Site | None]:
+    """Where each output of an equation stands; None if it is not floating point.
+
+    It is called by its scope; without one by the parameter it takes, or by its source.
+    """
+    where = equation.path or parameter or equation.source.split("/")[-1]
+    called = equation.name or equation.primitive
+    return [
+        Site(
+            f"{where}/{called}",
+            equation.source,
+            aval.shape,
+            np.dtype(aval.dtype),
+            equation.is_backward,
+            (*equation.place, i),
+        )
+        if _is_float(aval)
+        else None
+        for i, aval in enumerate(equation.out_avals)
+    ]
+
+
 class _Track(Interpreter):
     def __init__(
-        self, formats: tuple[Format, ...], where: Callable[[Site], bool]
+        self,
+        formats: tuple[Format, ...],
+        where: Callable[[Site], bool],
+        parameters: Mapping[Place, str],
     ) -> None:
         self._formats, self._where = formats, where
+        self._parameters = parameters
 
     def wants(self, equation: Equation) -> bool:
         whole = equation.primitive.startswith("custom_") or equation.is_own
@@ -253,23 +343,9 @@ class _Track(Interpreter):
     def rewrite(
         self, equation: Equation, side: Side, *args: Any
     ) -> tuple[Sequence[Any], Any]:
+        parameter = self._parameters.get(equation.place, "")
         outs = self.leave(equation, *args)
-        where = equation.path or equation.source.split("/")[-1]
-        called = equation.name or equation.primitive
-        sites = [
-            Site(
-                f"{where}/{called}",
-                equation.source,
-                aval.shape,
-                np.dtype(aval.dtype),
-                equation.is_backward,
-                (*equation.place, i),
-            )
-            if _is_float(aval)
-            else None
-            for i, aval in enumerate(equation.out_avals)
-        ]
-        return self.track(sites, side, outs)
+        return self.track(sites(equation, parameter), side, outs)
 
     def track(
         self, sites: Sequence[Site | None], side: Side, values: Sequence[Any]
@@ -299,7 +375,7 @@ class _Track(Interpreter):
         def one(tensor: Tensor) -> Tensor:
             stats = tensor.forward
             merged = Stats(*(x.sum(0) for x in stats))._replace(
-                scale=_rms(stats.scale, stats.size, 0),
+                scale=rms(stats.scale, stats.size, 0),
                 largest=stats.largest.max(0),
                 smallest=stats.smallest.min(0),
             )
@@ -321,37 +397,71 @@ def _probe(formats: tuple[Format, ...]) -> Callable[[Array, Tensor], Array]:
     return probe
 
 
+# Jitted, so that it is traced once for all tensors of a shape.
+@ft.partial(jax.jit, static_argnums=1)
 def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
+    """The statistics of one tensor.
+
+    A float32's bits without the sign are ordered as magnitudes are. So all counts are
+    differences of `above`: how many elements are at least each of the sorted `edges`.
+    """
     x = x.astype(jnp.float32)
-    size = jnp.abs(x)
-    exponent = jnp.clip(jnp.frexp(size)[1] - 1, LOWEST, HIGHEST)
-    counted = (size > 0) & jnp.isfinite(size)
-    binades = jnp.arange(LOWEST, HIGHEST + 1)
-    axes = tuple(range(x.ndim))  # all of x's, not a histogram's own
+    bits = lax.bitcast_convert_type(x, jnp.int32) & _NAN
+    binades = [_bits(2.0**k) for k in range(LOWEST + 1, HIGHEST + 1)]
+    inf = _bits(math.inf)
+    # Half of the smallest number rounds to even: to zero.
+    kept = [_bits(f.smallest_subnormal / 2) + 1 for f in formats]
+    too_large = [_bits(f.max) + 1 for f in formats]
+    others = [1, inf, inf + 1, *kept, *too_large]
+    edges = np.sort([*binades, *others])
 
-    def count(condition: Array) -> Array:
-        return jnp.sum(condition, axis=axes, dtype=jnp.float32)
+    def scattered(bits: Array) -> Array:
+        exponent = (bits >> 23) - (_bits(2.0**LOWEST) >> 23)
+        passed = jnp.clip(exponent, 0, len(binades)) + sum(bits >= e for e in others)
+        between = jnp.zeros(len(edges) + 1, jnp.int32).at[passed].add(1)
+        return jnp.cumsum(between[::-1])[::-1]
 
-    def each(found: list[Array]) -> Array:
-        return jnp.stack(found) if found else jnp.zeros(0)
+    def compared(bits: Array) -> Array:
+        least = jnp.asarray([0, *edges], jnp.int32)
+        axes = tuple(range(bits.ndim))
+        return jnp.sum(bits[..., None] >= least, axis=axes, dtype=jnp.int32)
 
+    # A CPU counts one element at a time; an accelerator's scatter would collide.
+    above = lax.platform_dependent(bits, cpu=scattered, default=compared)
+    wanted = [[0, 1, inf, inf + 1], kept, too_large, [1, *binades, inf]]
+    found = above[np.searchsorted(edges, sum(wanted, []), side="right")]
+    ends = np.cumsum(list(map(len, wanted)))[:-1]
+    (size, nonzero, _, nan), kept_by, beyond, at_least = jnp.split(
+        found.astype(jnp.float32), ends
+    )
+    largest = _magnitude(bits.max(initial=0))
+    relative = x / jnp.where(largest > 0, largest, 1)
     return Stats(
-        size=count(size >= 0) + count(jnp.isnan(size)),
+        size=size,
         total=x.sum(),
-        scale=_rms(size, jnp.ones_like(size), axes),
-        largest=size.max(initial=0.0),
-        smallest=jnp.where(size > 0, size, jnp.inf).min(initial=jnp.inf),
-        zeros=count(size == 0),
-        histogram=count(counted[..., None] & (exponent[..., None] == binades)),
-        # Half of the smallest number rounds to even: to zero.
-        underflow=each(
-            [count((size > 0) & (size <= f.smallest_subnormal / 2)) for f in formats]
-        ),
-        overflow=each([count(size > f.max) for f in formats]),
+        scale=largest * jnp.sqrt(jnp.sum(relative**2) / max(x.size, 1)),
+        largest=largest,
+        smallest=_magnitude(bits.min(initial=inf, where=bits > 0)),
+        zeros=size - nonzero,
+        histogram=at_least[:-1] - at_least[1:],
+        underflow=nonzero - kept_by,
+        overflow=beyond - nan,
     )
 
 
-def _rms(x: Array, weight: Array, axis: int | tuple[int, ...]) -> Array:
+# All bits of a float32 but the sign: the last NaN.
+_NAN = 0x7FFFFFFF
+
+
+def _bits(magnitude: float) -> int:
+    return int(np.float32(magnitude).view(np.int32))
+
+
+def _magnitude(bits: Array) -> Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def rms(x: Array, weight: Array, axis: int | tuple[int, ...]) -> Array:
     """The root of the weighted mean of squares, none of which overflows."""
     top = x.max(axis, keepdims=True, initial=0.0)
     relative = x / jnp.where(top > 0, top, 1)

@@ -1,0 +1,827 @@
+"""Unit scaling of any function: every tensor is held as data times a power of two.
+
+A tensor v is `data * 2**exponent`, with a static exponent for which the data has unit
+scale (rms) on the example arguments. Powers of two multiply exactly, so the function
+stays what it was. How exponents move through an equation is a rule by its primitive
+(`_RULES`), and equations without one see true values. Where the data that a rule gives
+is off its scale by more than a tolerance, it is multiplied once and settled.
+"""
+
+import contextlib
+import dataclasses
+import functools as ft
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._jaxpr import Call, Equation, Interpreter, Place, Region, Side, flow, is_literal
+from ..formats import quantize
+from .simulate import PRODUCTS
+from .track import (
+    HIGHEST,
+    LOWEST,
+    Scales,
+    Site,
+    Tensor,
+    argument_sites,
+    rms,
+    sites,
+)
+
+# By how many powers of two data may be off unit scale. CLOSE is for what is rounded or
+# multiplied out: arguments, what a loop carries, a product's operands, and what is cast
+# to a narrower dtype or quantised. Elsewhere the dtype's range decides: float32 and
+# bfloat16 (254 binades) do not notice eight, which spares a multiplication behind most
+# products and sums; float16 (30) is kept to two, and its products CLOSE.
+CLOSE, NARROW, WIDE = 1.0, 2.0, 8.0
+# The log2 of the scale of what is zero, or was not seen.
+_NONE = -math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """How `unit_scale` holds a tensor.
+
+    Attributes:
+        site: where it stands.
+        exponent: the tensor is its data times 2^exponent; None for a constant of
+            zeros or infinities, which are the same at any exponent.
+        scale: log2 of its scale on the example arguments; -inf if it was zero or all
+            fill of a mask (infinite or about its dtype's largest number), NaN if it was
+            not seen.
+        reason: why it, or what it is computed from, is not unit-scaled; "" if it is.
+    """
+
+    site: Site
+    exponent: int | None
+    scale: float
+    reason: str
+
+    def __str__(self) -> str:
+        held = "any power of two" if self.exponent is None else f"2^{self.exponent}"
+        because = f"; {self.reason}" if self.reason else ""
+        return f"{self.site.name} ({self.site.source}): {held}{because}"
+
+
+def unit_scale(
+    fn: Callable[..., Any],
+    *example_args: Any,
+    scales: Scales | None = None,
+    **example_kwargs: Any,
+) -> "UnitScaled":
+    """`fn` computed with tensors of unit scale: same outputs, same true gradients.
+
+    Each floating-point tensor v is held as data times 2^k, where k = round(log2(rms))
+    of v in one run on the example arguments, or one that comes for free and is close:
+    within a factor of 2 where data is multiplied out, carried by a loop, cast to a
+    narrower dtype or quantised; elsewhere within 4 in float16, and 2^8 in dtypes with
+    float32's range. Arguments and results have their true values, so that optimisers
+    and checkpoints see nothing new.
+
+    Linear and homogeneous operations move the powers of two along: those of a product's
+    operands add up, a sum's operands are brought to the same one, a quotient's are
+    subtracted, a root's halved. Others (exp, tanh, ...) see true values. A cast, and
+    `quantize`, act on the data: so a whole training step in float16 or simulated FP8
+    needs no loss scaling. Transform the differentiated function, with the simulation
+    inside::
+
+        step = jax.value_and_grad(jus.simulate_fp8(loss))
+        step = jax.jit(jus.unit_scale(step, params, batch))
+
+    `jax.grad(jus.unit_scale(loss, ...))` is the true gradient as well, but then only
+    the forward pass has unit scale: cotangents are what autodiff makes of it.
+
+    The example run is in float32 (or wider) with all rounding off: quantisation, casts
+    to 16 bits or fewer. A scan's iterations and a shard_map's devices share one k;
+    so does what a loop carries. What is zero (a parameter initialised so, and all that
+    is multiplied by it) has no scale: an argument keeps k = 0, a product of n terms is
+    taken to have that of its operands times sqrt(n), and other results what their
+    operands give.
+
+    Args:
+        fn: a function of arrays, pytrees and Flax or Equinox modules, or a module.
+        example_args, example_kwargs: concrete arguments, such as the first batch.
+            Variables of modules are not updated by the example run.
+        scales: what `track_scales(fn)(*example_args)` returned beside the result (of a
+            training run, say), to use in place of the example run.
+
+    Returns:
+        A `UnitScaled`, a function like `fn`, also of other shapes (a last batch) if its
+        equations are the same. Its `report()` lists every tensor, and why some are not
+        unit-scaled. Compile it with `jax.jit`, else each call traces anew.
+
+    Raises:
+        TypeError: if `fn` is no function, or the example arguments are traced.
+
+    Reference: Unit Scaling (Blake et al., 2023), section 4; powers of two as in
+    Scalify (Balanca et al., 2024).
+    """
+    if not callable(fn):
+        raise TypeError(f"`fn` must be a function or a module, got {fn!r}.")
+    if scales is not None and not isinstance(scales, Scales):
+        raise TypeError(
+            "`scales` must be the `Scales` that `track_scales(fn)` returns beside the "
+            f"result, got {type(scales).__name__}."
+        )
+    call = Call(fn, example_args, example_kwargs)
+    for path, leaf in zip(call.paths, call.leaves, strict=True):
+        if isinstance(leaf, jax.core.Tracer):
+            raise TypeError(
+                f"`{path}` must be concrete, as its scale is measured, got {leaf}: "
+                "call `unit_scale` outside of jit, grad and vmap."
+            )
+    # Where something else is being traced, this is not to be part of it.
+    traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+    with jax.ensure_compile_time_eval() if traced else contextlib.nullcontext():
+        measured = _calibrate(call) if scales is None else _recorded(scales)
+    return UnitScaled(fn, call, measured)
+
+
+class UnitScaled:
+    """What `unit_scale` returns: a function, and a report of how it is computed."""
+
+    def __init__(self, fn: Any, call: Call, scales: Mapping[Place, float]) -> None:
+        ft.update_wrapper(self, fn, updated=())
+        self._fn, self._scales = fn, scales
+        self._region, self._arguments = call.region, argument_sites(call)
+        self._shapes = list(map(_shape, call.leaves))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = Call(self._fn, args, kwargs)
+        self._check(call.region)
+        return call.result(self._run(call.region, call.leaves)[0])
+
+    def report(self) -> tuple[Held, ...]:
+        """How each tensor is held, in the order of computation.
+
+        Those with a `reason` are not, or not surely, of unit scale.
+        """
+        held: dict[Place, Held] = {}
+
+        def run(*leaves: Any) -> list[Any]:
+            outs, interpreter = self._run(self._region, leaves)
+            held.update(interpreter.held)
+            return outs
+
+        jax.eval_shape(run, *self._shapes)
+        order = sorted(held, key=lambda place: (len(place) > 1, place))
+        return tuple(held[place] for place in order)
+
+    def _run(
+        self, region: Region, leaves: Sequence[Any]
+    ) -> tuple[list[Any], "_UnitScale"]:
+        interpreter = _UnitScale(region, self._scales)
+        values = interpreter.arguments(self._arguments, leaves)
+        outs, _ = interpreter.run(region, Side(), values)
+        return list(map(interpreter.lower, outs)), interpreter
+
+    def _check(self, region: Region) -> None:
+        """Exponents belong to places: there must be the same equations in them."""
+        theirs, ours = list(region.walk()), list(self._region.walk())
+        for new, old in zip(theirs, ours, strict=False):
+            if (new.place, new.primitive) != (old.place, old.primitive):
+                raise ValueError(
+                    "The arguments must lead to the same equations as the example "
+                    f"arguments of `unit_scale` did, but there is {new} in place of "
+                    f"{old}. Call `unit_scale` on arguments like these."
+                )
+        n_new, n_old = len(region.jaxpr.invars), len(self._region.jaxpr.invars)
+        if len(theirs) != len(ours) or n_new != n_old:
+            raise ValueError(
+                "The arguments must lead to the same equations as the example "
+                f"arguments of `unit_scale` did, but there are {len(theirs)} of them "
+                f"on {n_new} arrays in place of {len(ours)} on {n_old}. Call "
+                "`unit_scale` on arguments like these."
+            )
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(x, "sharding", None)
+    named = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named)
+
+
+# -- Calibration -----------------------------------------------------------------------
+
+
+@ft.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["size", "scale"],
+    meta_fields=["place"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """The rms of a tensor's elements, and their number; with axes for iterations."""
+
+    size: Float[Array, "..."]
+    scale: Float[Array, "..."]
+    place: Place
+
+
+def _calibrate(call: Call) -> dict[Place, float]:
+    """The log2 of the scale of each tensor, by its place; of constants as well, which
+    count backwards from -1 in the place of their region."""
+    interpreter = _Calibrate()
+    inner = [r for equation in call.region.walk() for r in equation.regions]
+    arguments = [_measure(x, (i,)) for i, x in enumerate(call.leaves)]
+    constants = [
+        _measure(x, (*region.place, -1 - i))
+        for region in (call.region, *inner)
+        for i, x in enumerate(region.consts)
+    ]
+    # Not compiled as a whole: one kernel for each of thousands of tensors takes longer
+    # than to run them.
+    values = list(map(interpreter.lift, call.leaves))
+    _, records = interpreter.run(call.region, Side(), values)
+    found = jax.tree.leaves((arguments, constants, records), is_leaf=_is_measured)
+    return {x.place: _log2(x.size, x.scale) for x in jax.device_get(found)}
+
+
+def _recorded(scales: Scales) -> dict[Place, float]:
+    return {t.site.place: _recorded_scale(t) for t in scales.tensors}
+
+
+def _recorded_scale(tensor: Tensor) -> float:
+    stats = jax.tree.map(lambda x: np.asarray(x, np.float64), tensor.forward)
+    fill = _fill(tensor.site.dtype)
+    if np.max(stats.largest, initial=0) < fill:
+        return _log2(stats.size, stats.scale)
+    # Of numbers spread evenly over a binade the mean square is 7/3 of its lowest.
+    square = 7 / 3 * 4.0 ** np.arange(LOWEST, HIGHEST + 1)
+    counts = stats.histogram.reshape(-1, square.size).sum(0)
+    counts[square >= min(fill, 2.0**HIGHEST) ** 2] = 0
+    size = counts.sum() + np.sum(stats.zeros)
+    return _log2(size, math.sqrt(counts @ square / max(size, 1)))
+
+
+def _log2(size: Any, scale: Any) -> float:
+    size, scale = np.asarray(size, np.float64), np.asarray(scale, np.float64)
+    mean = np.sum(size * scale**2) / max(np.sum(size), 1.0)
+    return float(np.log2(mean) / 2) if 0 < mean < math.inf else _NONE
+
+
+class _Calibrate(Interpreter):
+    """Measures each tensor, in float32 or wider, with no rounding to a format."""
+
+    def wants(self, equation: Equation) -> bool:
+        is_wanted = not equation.can_be_opened or _is_called(equation)
+        return is_wanted or equation.primitive == "shard_map"
+
+    def rewrite(
+        self, equation: Equation, side: Side, *args: Any
+    ) -> tuple[Sequence[Any], Any]:
+        records: dict[str, Any] = {}
+        if _is_quantize(equation) or equation.primitive == "reduce_precision":
+            outs = list(args[:1])
+        elif _is_called(equation):
+            (region,) = equation.regions
+            outs, records = self.run(region, side, args)
+        elif equation.can_be_opened:
+            # One program for all devices, as they cannot wait for each other in many.
+            opened = jax.jit(lambda side, *args: self.open(equation, side, args))
+            outs, records = opened(side, *args)
+        else:
+            outs = self._widely(equation, args)
+        if not equation.can_be_opened or _is_whole(equation):
+            for i, (x, aval) in enumerate(zip(outs, equation.out_avals, strict=True)):
+                measured = _measure(x, (*equation.place, i), aval.dtype)
+                if measured is not None:
+                    records[f"out{i}"] = measured
+        if not any(isinstance(x, jax.core.Tracer) for x in outs):
+            jax.block_until_ready(outs)  # as many programs in a row would as well
+        return outs, records
+
+    def _widely(self, equation: Equation, args: Sequence[Any]) -> list[Any]:
+        if equation.regions or equation.primitive == "bitcast_convert_type":
+            # What a kernel is written for, or a number of bits, cannot be changed.
+            args = [
+                x.astype(aval.dtype) if _is_float(aval) else x
+                for x, aval in zip(args, equation.in_avals, strict=True)
+            ]
+            return list(map(self.lift, equation.bind(*args)))
+        narrow = {k: jnp.float32 for k, v in equation.params.items() if _is_narrow(v)}
+        return list(map(self.lift, equation.bind(*args, **narrow)))
+
+    def lift(self, array: Any) -> Any:
+        narrow = _is_narrow(getattr(array, "dtype", None))
+        return jnp.asarray(array).astype(jnp.float32) if narrow else array
+
+    def merge(self, records: Any) -> Any:
+        def one(x: _Measured) -> _Measured:
+            return _Measured(x.size.sum(0), rms(x.scale, x.size, 0), x.place)
+
+        return jax.tree.map(one, records, is_leaf=_is_measured)
+
+
+def _measure(x: Any, place: Place, dtype: Any = None) -> _Measured | None:
+    """What is known of a tensor that has this dtype when it is not calibrated."""
+    if not _is_float(x):
+        return None
+    size, scale = _size_and_rms(x, jnp.dtype(dtype or x.dtype))
+    return _Measured(size, scale, place)
+
+
+@ft.partial(jax.jit, static_argnames="dtype")
+def _size_and_rms(x: Any, dtype: np.dtype) -> tuple[Array, Array]:
+    size = jnp.abs(x.astype(jnp.float32))
+    # What a float16 tensor would overflow to counts: it is not to.
+    counts = (size < _fill(dtype)) | ((size > 4 * _fill(dtype)) & (size < _FILL))
+    weight = counts.astype(jnp.float32)
+    axes = tuple(range(size.ndim))
+    return weight.sum(), rms(jnp.where(weight > 0, size, 0.0), weight, axes)
+
+
+# What fills the place of masked logits is no part of a tensor's scale: infinities, what
+# is about as large, and numbers within a factor of two of the dtype's largest, before
+# or behind a subtraction of the maximum.
+_FILL = 2.0**64
+
+
+def _fill(dtype: Any) -> float:
+    return min(_FILL, float(jnp.finfo(dtype).max) / 2)
+
+
+def _is_measured(x: Any) -> bool:
+    return isinstance(x, _Measured)
+
+
+# -- The interpreter -------------------------------------------------------------------
+
+
+@ft.partial(
+    jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["exponent"]
+)
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """The tensor data * 2^exponent. An exponent of None is any: all elements are zero,
+    infinite or not a number, which a factor would not change."""
+
+    data: Any
+    exponent: int | None
+
+
+class _Here(NamedTuple):
+    """An equation, and the log2 of the scales of its inputs and outputs."""
+
+    equation: Equation
+    operands: list[float]
+    results: list[float]
+
+    def bind(self, *args: Any, **changes: Any) -> list[Any]:
+        return self.equation.bind(*map(_data, args), **changes)
+
+
+class _UnitScale(Interpreter):
+    def __init__(self, region: Region, scales: Mapping[Place, float]) -> None:
+        self._scales = scales
+        self._operands: dict[Place, list[float]] = {}
+        self._inputs: dict[Place, list[float]] = {}
+        self.held: dict[Place, Held] = {}
+
+        def transfer(equation: Equation, given: list[float]) -> list[float]:
+            self._operands[equation.place] = given
+            return self._results(equation)
+
+        def enter(inner: Region, inputs: list[float]) -> list[float]:
+            self._inputs[inner.place] = inputs
+            places = [(*inner.place, -1 - i) for i in range(len(inner.consts))]
+            return [scales.get(place, _NONE) for place in places]
+
+        facts = [scales.get((i,), _NONE) for i in range(len(region.jaxpr.invars))]
+        opens = lambda e: e.can_be_opened and not self.wants(e)
+        flow(region, facts, transfer, join=max, bottom=_NONE, opens=opens, enter=enter)
+
+    def _results(self, equation: Equation) -> list[float]:
+        n = len(equation.outvars)
+        return [self._scales.get((*equation.place, i), _NONE) for i in range(n)]
+
+    def arguments(
+        self, where: Sequence[Site | None], leaves: Sequence[Any]
+    ) -> list[Any]:
+        """The function's inputs, brought to unit scale."""
+        values = []
+        for site, leaf in zip(where, leaves, strict=True):
+            value = self.lift(jnp.asarray(leaf) if _is_float(leaf) else leaf)
+            if site is not None:
+                value = _settle(value, self._scales.get(site.place, _NONE), CLOSE)
+                self._hold(site, value, "")
+            values.append(value)
+        return values
+
+    def wants(self, equation: Equation) -> bool:
+        return not equation.can_be_opened or _is_whole(equation)
+
+    def rewrite(
+        self, equation: Equation, side: Side, *args: Any
+    ) -> tuple[Sequence[Any], None]:
+        unknown = [_NONE] * len(args)
+        operands = self._operands.get(equation.place, unknown)
+        here = _Here(equation, operands, self._results(equation))
+        rule = _rule(equation)
+        outs = None if rule is None else rule(here, *args)
+        reason = ""
+        if outs is None:
+            outs = self.leave(equation, *args)
+            reason = _why_truly(equation)
+        outs = [
+            _narrowed(_settle(x, s, _tolerance(equation, aval)), aval)
+            for x, s, aval in zip(outs, here.results, equation.out_avals, strict=True)
+        ]
+        for site, x in zip(sites(equation), outs, strict=True):
+            if site is not None:
+                self._hold(site, x, reason)
+        return outs, None
+
+    def _hold(self, site: Site, value: Scaled, reason: str) -> None:
+        scale = self._scales.get(site.place, math.nan)
+        unseen = {_NONE: "zero or a mask's fill on the example arguments"}.get(
+            scale, ""
+        )
+        unseen = "not seen on the example arguments" if math.isnan(scale) else unseen
+        unseen = "" if value.exponent is None else unseen
+        reason = "; ".join(filter(None, (reason, unseen)))
+        self.held[site.place] = Held(site, value.exponent, scale, reason)
+
+    def carry(self, body: Region, values: Sequence[Any]) -> list[Any]:
+        inputs, carried = self._inputs.get(body.place), list(values)
+        for (_, into), (i, x) in zip(body.carry, enumerate(values), strict=True):
+            if isinstance(x, Scaled):
+                scale = _NONE if inputs is None else inputs[into]
+                carried[i] = _settle(_fixed(x), scale, CLOSE)
+        return carried
+
+    def join(self, values: Sequence[Any]) -> Any:
+        # To the largest: a number that is too small is lost, one that is too large
+        # takes all others with it.
+        known = [x for x in values if isinstance(x, Scaled) and x.exponent is not None]
+        return max(known, key=lambda x: x.exponent or 0, default=values[0])
+
+    def match(self, value: Any, like: Any) -> Any:
+        return _at(value, like.exponent) if isinstance(like, Scaled) else value
+
+    def lift(self, array: Any) -> Any:
+        if not _is_float(array):
+            return array
+        if isinstance(array, jax.Array) or np.ndim(array):
+            return Scaled(jnp.asarray(array), 0)
+        # A literal: its power of two is taken out while tracing.
+        value, dtype = float(array), np.dtype(array.dtype)
+        if value == 0 or not math.isfinite(value):
+            return Scaled(np.asarray(value, dtype), None)
+        exponent = round(math.log2(abs(value)))
+        return Scaled(np.asarray(math.ldexp(value, -exponent), dtype), exponent)
+
+    def lower(self, value: Any) -> Any:
+        return _at(value, 0).data if isinstance(value, Scaled) else value
+
+
+def _is_quantize(equation: Equation) -> bool:
+    names = {f"_{quantize.__name__}{end}" for end in ("", "_fwd", "_bwd")}
+    return equation.is_own and equation.name in names
+
+
+def _is_called(equation: Equation) -> bool:
+    """Whether it calls one jaxpr once, which a run without derivatives may inline."""
+    is_loop = equation.primitive in ("scan", "while", "cond", "shard_map")
+    return equation.can_be_opened and not is_loop
+
+
+def _is_whole(equation: Equation) -> bool:
+    """Whether an equation that could be opened is left as one: what rounds, and what
+    has a derivative of its own and no products."""
+    custom = equation.primitive in ("custom_jvp_call", "custom_vjp_call")
+    within = (e for region in equation.regions for e in region.walk())
+    return _is_quantize(equation) or (
+        custom and not any(e.primitive in PRODUCTS for e in within)
+    )
+
+
+def _why_truly(equation: Equation) -> str:
+    if equation.can_be_opened:
+        return f"{equation.name} has a derivative of its own: true operands"
+    if equation.regions:
+        return f"{equation.primitive} cannot be opened: true operands"
+    if not any(map(_is_float, equation.in_avals)):
+        return ""
+    return f"{equation.primitive} has no rule for powers of two: true operands"
+
+
+# -- Powers of two ---------------------------------------------------------------------
+
+
+def _times(x: Any, power: int) -> Any:
+    """x 2^power, in x's dtype."""
+    info = jnp.finfo(x.dtype)
+    if isinstance(x, np.ndarray):  # a literal, in whose place stays what fits
+        largest = float(info.max)
+        value = math.ldexp(float(x), power)
+        return np.asarray(min(max(value, -largest), largest), x.dtype)
+    if info.minexp > jnp.finfo(jnp.float32).minexp:
+        # XLA makes one factor of two in a row, which may be too much for float16.
+        return _times(x.astype(jnp.float32), power).astype(x.dtype)
+    limit = -int(info.minexp)
+    while power:
+        step = min(max(power, -limit), limit)
+        x, power = x * 2.0**step, power - step
+    return x
+
+
+def _at(value: Any, exponent: int | None) -> Any:
+    """The same tensor held at this exponent."""
+    if not isinstance(value, Scaled) or value.exponent == exponent:
+        return value
+    if value.exponent is None or exponent is None:
+        return Scaled(value.data, exponent)
+    return Scaled(_times(value.data, value.exponent - exponent), exponent)
+
+
+def _fixed(value: Scaled) -> Scaled:
+    return _at(value, 0) if value.exponent is None else value
+
+
+def _settle(value: Any, scale: float, tolerance: float) -> Any:
+    """The same tensor, held so that its data has unit scale within the tolerance."""
+    exponent = getattr(value, "exponent", None)
+    if exponent is None or scale == _NONE or abs(scale - exponent) <= tolerance:
+        return value
+    return _at(value, round(scale))
+
+
+def _tolerance(equation: Equation, aval: Any) -> float:
+    if (
+        not _is_float(aval)
+        or jnp.finfo(aval.dtype).minexp <= jnp.finfo("float32").minexp
+    ):
+        return WIDE
+    return CLOSE if equation.primitive in PRODUCTS else NARROW
+
+
+def _narrowed(value: Any, aval: Any) -> Any:
+    """A result that was asked for in float32, to have room for its factor."""
+    if not isinstance(value, Scaled) or value.data.dtype == aval.dtype:
+        return value
+    return Scaled(value.data.astype(aval.dtype), value.exponent)
+
+
+def _is_literal(value: Any) -> bool:
+    return isinstance(value, Scaled) and isinstance(value.data, np.ndarray)
+
+
+def _data(value: Any) -> Any:
+    return value.data if isinstance(value, Scaled) else value
+
+
+def _exponent(value: Any) -> int | None:
+    return value.exponent if isinstance(value, Scaled) else 0
+
+
+def _held(array: Any, exponent: int | None) -> Any:
+    return Scaled(array, exponent) if _is_float(array) else array
+
+
+def _sum(*exponents: int | None) -> int | None:
+    known = [e for e in exponents if e is not None]
+    return sum(known) if len(known) == len(exponents) else None
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(getattr(x, "dtype", np.dtype(object)), jnp.floating)
+
+
+def _is_narrow(dtype: Any) -> bool:
+    """Whether it is a floating-point dtype of fewer than 32 bits."""
+    if not isinstance(dtype, np.dtype | type) or dtype is object:
+        return False
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError:
+        return False
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
+# -- Rules -----------------------------------------------------------------------------
+
+# A rule gives an equation's outputs, or None to see true values.
+_Rule = Callable[..., list[Any] | None]
+
+
+def _along(here: _Here, *args: Any) -> list[Any]:
+    """f(2^k x) = 2^k f(x): each output has the exponent of its operand."""
+    outs = here.bind(*args)
+    given = args if len(args) == len(outs) else args[:1] * len(outs)
+    return [_held(y, _exponent(x)) for x, y in zip(given, outs, strict=True)]
+
+
+def _filled(here: _Here, *args: Any) -> list[Any] | None:
+    """A gather, which may fill in a number of its own."""
+    fill = here.equation.params.get("fill_value")
+    free = fill is None or fill == 0 or not math.isfinite(fill)
+    return _along(here, *args) if free else None
+
+
+def _summed(here: _Here, x: Any, *rest: Any) -> list[Any]:
+    """A sum, of float16 in float32: its factor comes before the cast."""
+    if isinstance(x, Scaled) and x.data.dtype == jnp.float16:
+        x = Scaled(x.data.astype(jnp.float32), x.exponent)
+    return _along(here, x, *rest)
+
+
+def _cast(here: _Here, x: Any) -> list[Any] | None:
+    """A cast acts on the data, which is brought to unit scale for a narrower dtype."""
+    (old,), (new,) = here.equation.in_avals, here.equation.out_avals
+    if not (_is_float(old) and _is_float(new)):
+        return None
+    if jnp.finfo(new.dtype).bits < jnp.finfo(old.dtype).bits:
+        x = _settle(x, here.operands[0], CLOSE)
+    return _along(here, x)
+
+
+def _quantized(here: _Here, x: Any, *rest: Any) -> list[Any]:
+    return _along(here, _settle(x, here.operands[0], CLOSE), *rest)
+
+
+def _aligned(here: _Here, *args: Any) -> list[Any]:
+    """f(2^k x, 2^k y) = 2^k f(x, y), or a comparison: all on one exponent."""
+    exponent = _common(here, args)
+    return [_held(y, exponent) for y in here.bind(*(_at(x, exponent) for x in args))]
+
+
+def _common(here: _Here, args: Sequence[Any]) -> int | None:
+    """An operand's exponent, of those the nearest to the result's scale."""
+    known = [x.exponent for x in args if getattr(x, "exponent", None) is not None]
+    scale = here.results[0]
+    far = (lambda e: -e) if scale == _NONE else (lambda e: abs(e - scale))
+    return min(known, key=far, default=None)
+
+
+def _selected(here: _Here, which: Any, *cases: Any) -> list[Any]:
+    """As `_aligned`, where the number that fills masked logits in float16 may be its
+    largest: scaled up that would be infinite, and fully masked rows not a number."""
+    exponent = _common(here, cases)
+    if here.equation.out_avals[0].dtype == jnp.float16:
+        cases = tuple(_clipped(x, exponent) for x in cases)
+    return _aligned(here, which, *cases)
+
+
+def _clipped(value: Scaled, exponent: int | None) -> Scaled:
+    if value.exponent is None or exponent is None or value.exponent <= exponent:
+        return value
+    largest = math.ldexp(
+        float(jnp.finfo(value.data.dtype).max), exponent - value.exponent
+    )
+    return Scaled(jnp.clip(value.data, -largest, largest), value.exponent)
+
+
+def _first(here: _Here, x: Any, *rest: Any) -> list[Any]:
+    """Linear in the first operand, selected by the others."""
+    return [_held(y, _exponent(x)) for y in here.bind(x, *rest)]
+
+
+def _multiplied(here: _Here, x: Any, y: Any) -> list[Any] | None:
+    exponent = _sum(_exponent(x), _exponent(y))
+    (aval,) = here.equation.out_avals
+    for one, other in ((x, y), (y, x)):
+        if _is_one(one) and np.shape(_data(other)) == aval.shape:
+            return [Scaled(_data(other), exponent)]
+    return [_held(z, exponent) for z in here.bind(x, y)]
+
+
+def _is_one(value: Any) -> bool:
+    """Whether it is a literal power of two, which is all exponent."""
+    return _is_literal(value) and value.data == 1
+
+
+def _divided(here: _Here, x: Any, y: Any) -> list[Any]:
+    divisor = _exponent(y)
+    exponent = _sum(_exponent(x), None if divisor is None else -divisor)
+    (aval,) = here.equation.out_avals
+    if _is_one(y) and np.shape(_data(x)) == aval.shape:
+        return [Scaled(_data(x), exponent)]
+    return [_held(z, exponent) for z in here.bind(x, y)]
+
+
+def _product(here: _Here, lhs: Any, rhs: Any, *rest: Any) -> list[Any]:
+    """A product on operands of unit scale; its exponent is the sum of theirs.
+
+    One that was zero is taken for a sum of independent terms.
+    """
+    given = zip((lhs, rhs), here.operands, strict=False)
+    lhs, rhs = (_settle(x, s, CLOSE) for x, s in given)
+    wide = here.equation.out_avals[0].dtype == jnp.float16
+    # JAX cannot transpose a convolution whose result is wider than its operands. Of
+    # unit operands it has the scale of sqrt(terms), which float16 holds.
+    wide &= here.equation.primitive != "conv_general_dilated"
+    changes = {"preferred_element_type": np.dtype(np.float32)} if wide else {}
+    exponent = _sum(_exponent(lhs), _exponent(rhs))
+    (y,) = here.bind(lhs, rhs, *rest, **changes)
+    if here.results[0] == _NONE and exponent is not None:
+        terms = _terms(here.equation)
+        scale = exponent + math.log2(terms) / 2
+        tolerance = _tolerance(here.equation, here.equation.out_avals[0])
+        return [_settle(Scaled(y, exponent), scale, tolerance)]
+    return [_held(y, exponent)]
+
+
+def _terms(equation: Equation) -> int:
+    """How many numbers a product adds up."""
+    lhs, rhs = equation.in_avals[:2]
+    if equation.primitive == "conv_general_dilated":
+        out = rhs.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+        return max(rhs.size // max(out, 1), 1)
+    numbers = equation.params.get("ragged_dot_dimension_numbers")
+    dots = (
+        equation.params["dimension_numbers"]
+        if numbers is None
+        else numbers.dot_dimension_numbers
+    )
+    return max(math.prod(lhs.shape[axis] for axis in dots[0][0]), 1)
+
+
+def _to_the(power: Callable[[_Here], float]) -> _Rule:
+    """f(2^k x) = 2^(p k) f(x). For a root k is made even."""
+
+    def rule(here: _Here, x: Any) -> list[Any] | None:
+        if not isinstance(x, Scaled):
+            return None
+        p = power(here)
+        if x.exponent is not None and (p * x.exponent) % 1:
+            x = _at(x, x.exponent - 1)
+        exponent = None if x.exponent is None else round(p * x.exponent)
+        return [_held(y, exponent) for y in here.bind(x)]
+
+    return rule
+
+
+def _unmoved(here: _Here, *args: Any) -> list[Any]:
+    """f(2^k x) = f(x)."""
+    return [_held(y, 0) for y in here.bind(*args)]
+
+
+def _rules(rule: _Rule, names: str) -> dict[str, _Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+def _rule(equation: Equation) -> _Rule | None:
+    if _is_quantize(equation):
+        return _quantized
+    if equation.can_be_opened:  # a derivative of its own, which would be the same
+        return _aligned if _is_homogeneous(equation) else None
+    return _RULES.get(equation.primitive)
+
+
+def _is_homogeneous(equation: Equation) -> bool:
+    """Whether f(2^k x, 2^k y) = 2^k f(x, y) for what it calls, as for a ReLU."""
+
+    def moves(inner: Equation) -> bool:
+        free = (
+            not _is_float(v.aval) or not math.isfinite(v.val) or v.val == 0
+            for v in inner.invars
+            if is_literal(v)
+        )
+        rule = _RULES.get(inner.primitive)
+        return all(free) and (rule in (_along, _aligned) or inner.primitive == "jit")
+
+    return all(
+        moves(inner) and not region.consts
+        for region in equation.regions
+        for inner in region.walk()
+    )
+
+
+_RULES: Mapping[str, _Rule] = {
+    **_rules(
+        _along,
+        "reshape transpose broadcast_in_dim squeeze expand_dims slice dynamic_slice "
+        "split unstack tile rev sort top_k neg abs real copy copy_p "
+        "reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min "
+        "reduce_precision stop_gradient optimization_barrier name device_put "
+        "sharding_constraint layout_constraint reshard mesh_cast pvary pcast "
+        "pbroadcast pmax pmin ppermute all_gather all_gather_invariant all_to_all "
+        "reduce_scatter psum psum_invariant",
+    ),
+    **_rules(_summed, "reduce_sum cumsum reduce_window_sum"),
+    **_rules(
+        _aligned,
+        "add add_any sub max min clamp rem concatenate stack pad "
+        "scatter scatter-add scatter-sub scatter-max scatter-min scatter_add "
+        "scatter_sub scatter_max scatter_min dynamic_update_slice "
+        "eq ne lt le gt ge eq_to lt_to le_to",
+    ),
+    **_rules(_first, "select_and_scatter_add select_and_gather_add"),
+    **_rules(_product, " ".join(PRODUCTS)),
+    **_rules(_to_the(lambda here: here.equation.params["y"]), "integer_pow"),
+    **_rules(_to_the(lambda here: 2), "square"),
+    **_rules(_to_the(lambda here: 0.5), "sqrt"),
+    **_rules(_to_the(lambda here: -0.5), "rsqrt"),
+    **_rules(_unmoved, "sign is_finite argmax argmin"),
+    "convert_element_type": _cast,
+    "gather": _filled,
+    "select_n": _selected,
+    "mul": _multiplied,
+    "div": _divided,
+}

@@ -1,0 +1,192 @@
+"""All transformations, of unmodified models of several libraries.
+
+Each library's model is the same maths, so one reference, written by hand in plain
+`jax.numpy` with its products rounded by hand, holds for all of them.
+"""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from models import INPUTS, MODELS, REFERENCE, TREES, normal
+
+import jax_unit_scaling as jus
+
+CASES = [(name, library) for name in MODELS for library in MODELS[name]]
+
+
+@ft.cache
+def _model(name, library):
+    """The loss, its parameters, what makes a gradient the shared tree's, and x."""
+    loss, convert = MODELS[name][library]()
+    params, pull = jax.vjp(convert, TREES[name])
+    return loss, params, lambda grads: pull(grads)[0], INPUTS[name]
+
+
+def _rounded(product):
+    def of_rounded(lhs, rhs, *args, **kwargs):
+        lhs, rhs = jus.quantize_fwd(lhs, jus.E4M3), jus.quantize_fwd(rhs, jus.E4M3)
+        return jus.quantize_bwd(product(lhs, rhs, *args, **kwargs), jus.E5M2)
+
+    return of_rounded
+
+
+@ft.cache
+def _reference(name, in_fp8):
+    products = {"dot": jnp.matmul, "conv": lax.conv_general_dilated}
+    if in_fp8:
+        products = {k: _rounded(product) for k, product in products.items()}
+    loss = ft.partial(REFERENCE[name], **products)
+    return jax.jit(jax.value_and_grad(loss))(TREES[name], INPUTS[name])
+
+
+def _close(got, want, name, tolerance=1e-5):
+    """Value and gradients agree. Sums of some dozens of float32 numbers, in another
+    order, err by 1e-6 of their largest; tensors are compared by their largest."""
+    np.testing.assert_allclose(got[0], want[0], rtol=tolerance)
+    assert jax.tree.structure(got[1]) == jax.tree.structure(want[1])
+    for g, w in zip(*map(jax.tree.leaves, (got[1], want[1])), strict=True):
+        np.testing.assert_allclose(g, w, atol=tolerance * np.abs(w).max())
+
+
+def _same(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("name, library", CASES)
+def test_a_model_is_the_reference(name, library):
+    loss, params, to_tree, x = _model(name, library)
+    value, grads = jax.jit(jax.value_and_grad(loss))(params, x)
+    _close((value, to_tree(grads)), _reference(name, False), name)
+
+
+@pytest.mark.parametrize("name, library", CASES)
+def test_simulated_fp8_is_that_of_the_hand_rounded_reference(name, library):
+    loss, params, to_tree, x = _model(name, library)
+    want = _reference(name, True)
+    before = jax.jit(jax.value_and_grad(jus.simulate_fp8(loss)))(params, x)
+    after = jax.jit(jus.simulate_fp8(jax.value_and_grad(loss)))(params, x)
+    for value, grads in (before, after):
+        _close((value, to_tree(grads)), want, name)
+    # It is the rounding that is seen: FP8 errs by some per cent.
+    exact = _reference(name, False)
+    assert abs(want[0] / exact[0] - 1) > 1e-4
+
+
+@pytest.mark.parametrize("name, library", CASES)
+def test_tracking_changes_nothing_and_sees_both_passes(name, library):
+    loss, params, _, x = _model(name, library)
+    in_fp8 = jus.simulate_fp8(loss)
+    for f in (loss, in_fp8):
+        want = jax.jit(jax.value_and_grad(f))(params, x)
+        *got, scales = jax.jit(jus.track_value_and_grad(f))(params, x)
+        _close(got, want, name, 1e-6)
+        leaves = jax.tree.leaves(want[1])
+        arguments = [t for t in scales.values() if t.site.source == "argument"]
+        for tensor, p, g in zip(arguments, jax.tree.leaves(params), leaves):  # noqa: B905
+            for stats, v in ((tensor.forward, p), (tensor.backward, g)):
+                np.testing.assert_allclose(
+                    stats.scale, np.sqrt(np.mean(v**2)), rtol=1e-5
+                )
+
+
+@pytest.mark.parametrize("name, library", CASES)
+def test_unit_scaled_it_is_the_same_function(name, library):
+    loss, params, to_tree, x = _model(name, library)
+    want = _reference(name, False)
+    step = jus.unit_scale(jax.value_and_grad(loss), params, x)
+    value, grads = jax.jit(step)(params, x)
+    _close((value, to_tree(grads)), want, name)
+    value, grads = jax.jit(jax.value_and_grad(jus.unit_scale(loss, params, x)))(
+        params, x
+    )
+    _close((value, to_tree(grads)), want, name)
+
+
+@pytest.mark.parametrize("name, library", CASES)
+def test_unit_scaled_fp8_is_right_where_plain_fp8_is_lost(name, library):
+    """At a loss of 2^-30 of its size E5M2, which holds 2^-16, has no gradients left."""
+    loss, params, to_tree, x = _model(name, library)
+
+    def tiny(params, x):
+        return loss(params, x) * 2.0**-30
+
+    fp8 = jax.value_and_grad(jus.simulate_fp8(tiny))
+    _, lost = jax.jit(fp8)(params, x)
+    _, grads = jax.jit(jus.unit_scale(fp8, params, x))(params, x)
+    _, want = _reference(name, False)
+    for key, g in to_tree(grads).items():
+        assert _cosine(g, want[key]) > 0.97, key
+    assert min(_cosine(to_tree(lost)[key], want[key]) for key in want) < 0.5
+
+
+def _cosine(a, b):
+    a, b = (np.ravel(np.asarray(x, np.float64)) for x in (a, b))
+    return a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-300)
+
+
+@pytest.mark.parametrize("name, library", CASES)
+def test_an_audit_finds_true_gradients_and_a_false_one(name, library):
+    loss, params, _, x = _model(name, library)
+    audit = jus.audit_gradients(jus.simulate_fp8(loss))(params, x)
+    assert audit.is_true
+    for row in audit.gradients:
+        np.testing.assert_allclose((row.cosine, row.ratio, row.expected), 1, rtol=1e-6)
+
+    def false(params, x):
+        first, *rest = jax.tree.leaves(params)
+        shared = jnp.sum(jus.scale_bwd(first, 2.0) ** 2)
+        return loss(params, x) + shared
+
+    audit = jus.audit_gradients(false)(params, x)
+    verdicts = [row.verdict for row in audit.gradients]
+    assert verdicts == ["broken", *["true"] * (len(verdicts) - 1)]
+    assert [c.operation.name for c in audit.culprits] == ["scale_bwd"]
+
+
+# -- State -----------------------------------------------------------------------------
+
+
+class _Stateful(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.up = nnx.Linear(8, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(self.norm(self.up(x)))
+
+
+def _mean_square(model, x):
+    return jnp.mean(model(x) ** 2)
+
+
+@pytest.mark.parametrize("transformation", ["track_scales", "unit_scale"])
+def test_statistics_and_random_counts_are_updated(transformation):
+    x = normal(16, 8)
+    plain, model = _Stateful(), _Stateful()
+    want = [_mean_square(plain, x), _mean_square(plain, x)]
+    if transformation == "track_scales":
+        f = jus.track_scales(_mean_square)
+        got = [f(model, x)[0], f(model, x)[0]]
+    else:
+        f = jus.unit_scale(_mean_square, model, x)
+        got = [f(model, x), f(model, x)]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert model.drop.rngs.count[...] == plain.drop.rngs.count[...] == 2
+    np.testing.assert_allclose(model.norm.mean[...], plain.norm.mean[...], rtol=1e-5)
+
+
+def test_an_audit_leaves_state_alone():
+    model, x = _Stateful(), normal(16, 8)
+    audit = jus.audit_gradients(_mean_square)(model, x)
+    verdicts = {row.path: row.verdict for row in audit.gradients}
+    assert verdicts["args/0/up/kernel"] == "true"
+    assert verdicts["args/0/norm/mean"] == "zero"
+    assert model.drop.rngs.count[...] == 0
+    np.testing.assert_array_equal(model.norm.mean[...], np.zeros(8))
