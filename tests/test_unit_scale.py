@@ -252,8 +252,8 @@ def test_what_products_multiply_has_unit_scale(name):
 
 def test_constants_in_products_have_unit_scale():
     w = normal(16, 16, scale=2.0**-12)
-    body = lambda x, _: (jnp.sin(x @ w), None)
-    f = lambda x: lax.scan(body, x @ w, length=2)[0]
+    body = lambda x, _: (jnp.tanh(2.0**10 * (x @ w)), None)
+    f = lambda x: lax.scan(body, 2.0**10 * (x @ w), length=2)[0]
     x = normal(4, 16)
     ours = operand_scales(unit_scale(f, x), x)
     assert np.all((ours > 0.5) & (ours < 2)), ours
@@ -289,6 +289,9 @@ INTO = lax.ScatterDimensionNumbers((1,), (0,), (0,))
 @jax.custom_jvp
 def _floored(x):
     return jnp.maximum(x, 1e-4)
+
+
+_floored.defjvps(lambda t, out, x: t * (x > 1e-4))
 
 
 def _rows(fill):
@@ -478,7 +481,7 @@ def test_what_is_zero_at_first_has_the_scale_of_independent_terms():
 def test_float16_holds_what_is_beyond_its_range():
     """The example run is in float32, so an overflow does not spoil the scales."""
     x, w = normal(64, 64, scale=2.0**8), normal(64, 64, seed=1, scale=2.0**8)
-    f = lambda x, w: ((x @ w) @ w).sum(0).astype(jnp.float32)
+    f = lambda x, w: ((x * 2.0**10) @ w @ w).sum(0).astype(jnp.float32)
     half = (x.astype(jnp.float16), w.astype(jnp.float16))
     assert not np.isfinite(f(*half)).any()
     want = f(*(a.astype(jnp.float32) for a in half))
@@ -503,8 +506,8 @@ def test_a_cast_acts_on_data_of_unit_scale():
     cast = unit_scale(f, x).report()[-1]
     assert cast.site.dtype == jnp.float16 and abs(cast.scale - cast.exponent) <= 1
     # E2M1 ends at 6, the sums are about 51.
-    q = lambda x: jus.quantize(jnp.abs(x).sum(0), jus.E2M1)
-    want = jus.quantize(jnp.abs(x).sum(0) * 2.0**-6, jus.E2M1) * 2.0**6
+    q = lambda x: jus.quantize(jnp.abs(x).sum(0), jus.formats.E2M1)
+    want = jus.quantize(jnp.abs(x).sum(0) * 2.0**-6, jus.formats.E2M1) * 2.0**6
     same(unit_scale(q, x)(x), want)
 
 
@@ -566,6 +569,14 @@ def test_stochastic_rounding_keeps_its_draws():
     f = lambda x, key: jus.quantize(x, jus.E4M3, key)
     want = jus.quantize(x * 2.0**20, jus.E4M3, KEY) * 2.0**-20
     same(unit_scale(f, x, KEY)(x, KEY), want)
+
+
+def test_products_may_be_simulated_around_it():
+    """Also in the other order they round operands of unit scale."""
+    loss, params, x = _mlp(divisor=1e5)
+    inside = unit_scale(jax.grad(jus.simulate_fp8(loss)), params, x)
+    around = jus.simulate_fp8(unit_scale(jax.grad(loss), params, x))
+    same(jax.jit(around)(params, x), jax.jit(inside)(params, x))
 
 
 def test_it_trains_in_fp8_with_static_scales():
