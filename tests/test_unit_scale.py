@@ -504,7 +504,8 @@ def test_a_cast_acts_on_data_of_unit_scale():
     x = normal(64, 16)
     # E2M1 ends at 6, the sums are about 51.
     f = lambda x: jnp.abs(x).sum(0).astype(jnp.float4_e2m1fn).astype(jnp.float32)
-    np.testing.assert_allclose(unit_scale(f, x)(x), jnp.abs(x).sum(0), rtol=0.25)
+    # E2M1's smallest numbers are 1/2 apart: of data times 2^6, 32.
+    np.testing.assert_allclose(unit_scale(f, x)(x), jnp.abs(x).sum(0), atol=16)
     q = lambda x: jus.quantize(jnp.abs(x).sum(0), jus.formats.E2M1)
     want = jus.quantize(jnp.abs(x).sum(0) * 2.0**-6, jus.formats.E2M1) * 2.0**6
     same(unit_scale(q, x)(x), want)
