@@ -107,7 +107,7 @@ REFERENCE = {
 }
 
 
-# -- Plain jax.numpy, as its users write it: einsum, vmap, ragged arrays of weights -----
+# -- Plain jax.numpy, as its users write it: einsum, vmap, jax.nn ---------------------
 
 
 def _same(tree):
@@ -190,7 +190,9 @@ def _in_nnx(make, convert):
     graphdef, _, rest = nnx.split(make(nnx.Rngs(0)), nnx.Param, ...)
 
     def loss(params, x):
-        return square(nnx.merge(graphdef, params, rest)(x))
+        # Variables of this trace's own: a recurrent net counts its random keys.
+        own = jax.tree.map(lambda x: x, rest)
+        return square(nnx.merge(graphdef, params, own)(x))
 
     return loss, convert
 
