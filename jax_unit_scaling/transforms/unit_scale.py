@@ -414,7 +414,8 @@ class _UnitScale(Interpreter):
         return values
 
     def wants(self, equation: Equation) -> bool:
-        return not equation.can_be_opened or _is_whole(equation)
+        is_whole = not equation.can_be_opened or _is_whole(equation)
+        return is_whole and bool(equation.outvars)
 
     def rewrite(
         self, equation: Equation, side: Side, *args: Any
