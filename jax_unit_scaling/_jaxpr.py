@@ -208,8 +208,12 @@ class Equation:
 
     @property
     def is_own(self) -> bool:
-        """Whether what it calls is a function of this library, as `quantize` is."""
-        return _PACKAGE in str(getattr(self._debug_info, "func_src_info", ""))
+        """Whether it calls a function of this library's as one, as `quantize` is: by a
+        jit, or with a rule. Not a loop, nor what a transformation has built again."""
+        source = str(getattr(self._debug_info, "func_src_info", ""))
+        is_call = self.primitive in ("jit", "pjit")
+        is_call = is_call or self.primitive.startswith("custom_")
+        return is_call and _PACKAGE in source and __file__ not in source
 
     @property
     def _debug_info(self) -> Any:

@@ -208,7 +208,10 @@ def _quantize(x: Array, format: Format, key: Array | None) -> Array:
     uint = jnp.dtype(f"uint{jnp.finfo(wide).bits}")
     bits = lax.bitcast_convert_type(x.astype(wide), uint)
     sign = bits & uint.type(1 << (uint.itemsize * 8 - 1))
-    largest = wide(format.max_in(x.dtype)).view(uint)
+    # Constants of numpy's: what is computed here of jax's own a scan would compute
+    # once outside of its loop, by a second equation of this name.
+    number = jnp.dtype(wide).type
+    largest = number(format.max_in(x.dtype)).view(uint)
     magnitude = jnp.minimum(bits ^ sign, largest)
     noise = None if key is None else jax.random.bits(key, x.shape, jnp.uint32)
     rounded = _round_mantissa(magnitude, jnp.finfo(wide).nmant, format, noise)
@@ -217,7 +220,7 @@ def _quantize(x: Array, format: Format, key: Array | None) -> Array:
             lax.bitcast_convert_type(magnitude, wide), format.smallest_subnormal, noise
         )
         rounded = jnp.where(
-            magnitude < wide(format.smallest_normal).view(uint),
+            magnitude < number(format.smallest_normal).view(uint),
             lax.bitcast_convert_type(subnormal, uint),
             rounded,
         )

@@ -107,7 +107,7 @@ REFERENCE = {
 }
 
 
-# -- Plain jax.numpy, as its users write it: einsum, vmap, ragged arrays of weights -----
+# -- Plain jax.numpy, as its users write it: einsum, vmap, jax.nn ---------------------
 
 
 def _same(tree):
@@ -190,7 +190,9 @@ def _in_nnx(make, convert):
     graphdef, _, rest = nnx.split(make(nnx.Rngs(0)), nnx.Param, ...)
 
     def loss(params, x):
-        return square(nnx.merge(graphdef, params, rest)(x))
+        # Variables of this trace's own: a recurrent net counts its random keys.
+        own = jax.tree.map(lambda x: x, rest)
+        return square(nnx.merge(graphdef, params, own)(x))
 
     return loss, convert
 
@@ -222,10 +224,8 @@ def _nnx_mixture(p):
 
 
 def _nnx_lstm(p):
-    cell = {"dense_i": _kernel(p["x"]), "dense_h": _kernel(p["h"])}
-    return {
-        "rnn": {"cell": {**cell, "dense_h": {**cell["dense_h"], "bias": p["bias"]}}}
-    }
+    of_h = {"kernel": p["h"], "bias": p["bias"]}
+    return {"rnn": {"cell": {"dense_i": _kernel(p["x"]), "dense_h": of_h}}}
 
 
 # -- Flax Linen ------------------------------------------------------------------------
@@ -236,9 +236,10 @@ class _LinenBlock(nn.Module):
     def __call__(self, x):
         norm = {"use_bias": False, "use_scale": False}
         y = nn.LayerNorm(**norm)(x)
-        x = x + nn.MultiHeadDotProductAttention(
+        attention = nn.MultiHeadDotProductAttention(
             HEADS, use_bias=False, name="attention"
-        )(y)
+        )
+        x = x + attention(y)
         y = nn.gelu(nn.Dense(F, use_bias=False, name="up")(nn.LayerNorm(**norm)(x)))
         return x + nn.Dense(D, use_bias=False, name="down")(y)
 
@@ -356,7 +357,7 @@ class _EqxMixture(eqx.Module):
 
     def __init__(self, key):
         def many(size, out):
-            make = lambda key: eqx.nn.Linear(size, out, use_bias=False, key=key)  # noqa: E731
+            make = lambda key: eqx.nn.Linear(size, out, use_bias=False, key=key)
             return eqx.filter_vmap(make)(jax.random.split(key, E))
 
         self.router = eqx.nn.Linear(D, E, use_bias=False, key=key)

@@ -414,7 +414,8 @@ class _UnitScale(Interpreter):
         return values
 
     def wants(self, equation: Equation) -> bool:
-        return not equation.can_be_opened or _is_whole(equation)
+        is_whole = not equation.can_be_opened or _is_whole(equation)
+        return is_whole and bool(equation.outvars)
 
     def rewrite(
         self, equation: Equation, side: Side, *args: Any
@@ -482,7 +483,9 @@ class _UnitScale(Interpreter):
 
 def _is_quantize(equation: Equation) -> bool:
     names = {f"_{quantize.__name__}{end}" for end in ("", "_fwd", "_bwd")}
-    return equation.is_own and equation.name in names
+    # What of it depends on no input a scan moves out of its loop: an empty equation.
+    rounds = equation.is_own and equation.name in names
+    return rounds and bool(equation.outvars)
 
 
 def _is_called(equation: Equation) -> bool:
