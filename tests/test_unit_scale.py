@@ -237,7 +237,7 @@ def test_operation_by_operation_they_are_the_same_to_the_bit(name):
     same(unit_scale(step, *args)(*args), step(*args))
 
 
-@pytest.mark.parametrize("name", set(MODELS) - {"mixture of experts"})
+@pytest.mark.parametrize("name", [m for m in MODELS if m != "mixture of experts"])
 def test_what_products_multiply_has_unit_scale(name):
     loss, *args = MODELS[name](**BAD)
     step = VALUE_AND_GRAD(loss)

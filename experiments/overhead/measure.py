@@ -57,7 +57,7 @@ def import_times(repeats: int) -> list[dict[Kind, float]]:
     modules = {"plain": "jax, flax.nnx", "unit": "jax, flax.nnx, jax_unit_scaling"}
 
     def measure(kind: Kind) -> float:
-        return _child(
+        return child(
             f"import time; start = time.perf_counter(); import {modules[kind]}; "
             "print(time.perf_counter() - start)"
         )
@@ -71,7 +71,7 @@ def compile_times(size: Size, dtype: Dtype, repeats: int) -> list[dict[Kind, Tim
     """Seconds that a fresh process needs to trace, lower and compile a step."""
 
     def measure(kind: Kind) -> Times:
-        return _child(
+        return child(
             "import json; from experiments.overhead import measure, model; "
             f"size = model.{size!r}; "
             f"print(json.dumps(measure.compile_once(size, {kind!r}, {dtype!r})))"
@@ -103,7 +103,7 @@ def step_times(
     Each measurement runs as many steps as fill `seconds`. A process of its own: on a
     GPU it holds the memory.
     """
-    return _child(
+    return child(
         "import json; from experiments.overhead import measure, model; "
         f"size = model.{size!r}; dtypes = {tuple(dtypes)!r}; "
         f"print(json.dumps(measure.time_steps(size, dtypes, {repeats}, {seconds})))"
@@ -127,15 +127,23 @@ def _time_steps(
 
 
 def _runner(size: Size, kind: Kind, dtype: Dtype) -> Callable[[int], float]:
-    """Seconds per step over so many steps of a compiled model that keeps training."""
-    step, state, ids = training_step(size, kind, dtype)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, ids).compile()
+    return keeps_training(*training_step(size, kind, dtype))
+
+
+def keeps_training(
+    step: Callable[..., Any], state: Any, batch: Any
+) -> Callable[[int], float]:
+    """Seconds per step over so many steps of a compiled model that keeps training.
+
+    `step` is (state, batch) -> (state, loss).
+    """
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
 
     def run(count: int) -> float:
         nonlocal state
         start = time.perf_counter()
         for _ in range(count):
-            state, loss = compiled(state, ids)
+            state, loss = compiled(state, batch)
         loss.block_until_ready()
         return (time.perf_counter() - start) / count
 
@@ -143,7 +151,7 @@ def _runner(size: Size, kind: Kind, dtype: Dtype) -> Callable[[int], float]:
     return run
 
 
-def _child(code: str) -> Any:
+def child(code: str) -> Any:
     """What a fresh Python process prints last, as JSON.
 
     Raises:

@@ -1,0 +1,1 @@
+"""An unmodified Flax model in low precision, by transformations of its loss alone."""
