@@ -96,7 +96,9 @@ def test_a_run_learns(folder, parametrisation, precision):
     assert np.isfinite(final["valid_bits"])
 
 
-@pytest.mark.parametrize("parametrisation", ["unit", "regular"])
+@pytest.mark.parametrize(
+    "parametrisation", ["unit", pytest.param("regular", marks=pytest.mark.slow)]
+)
 def test_scales_are_recorded_at_an_interval_and_change_nothing(folder, parametrisation):
     config = _config(folder, parametrisation=parametrisation)
     tracked = dataclasses.replace(config, out=folder / "tracked", track_every=8)

@@ -17,6 +17,19 @@ from models import INPUTS, MODELS, REFERENCE, TREES, normal
 import jax_unit_scaling as jus
 
 CASES = [(name, library) for name in MODELS for library in MODELS[name]]
+# Compiled long: each model in plain functions and one other library; `-m slow` for all.
+QUICK = {
+    "transformer": "nnx",
+    "convnet": "linen",
+    "lstm": "equinox",
+    "experts": "haiku",
+}
+COSTLY = [
+    pytest.param(
+        *case, marks=[] if case[1] in ("jnp", QUICK[case[0]]) else pytest.mark.slow
+    )
+    for case in CASES
+]
 
 
 @ft.cache
@@ -77,7 +90,7 @@ def test_simulated_fp8_is_that_of_the_hand_rounded_reference(name, library):
     assert abs(want[0] / exact[0] - 1) > 1e-4
 
 
-@pytest.mark.parametrize("name, library", CASES)
+@pytest.mark.parametrize("name, library", COSTLY)
 def test_tracking_changes_nothing_and_sees_both_passes(name, library):
     loss, params, _, x = _model(name, library)
     in_fp8 = jus.simulate_fp8(loss)
@@ -98,7 +111,7 @@ def _is_argument_or_product(site):
     return site.source == "argument" or site.name.endswith(("general", "dilated"))
 
 
-@pytest.mark.parametrize("name, library", CASES)
+@pytest.mark.parametrize("name, library", COSTLY)
 def test_unit_scaled_it_is_the_same_function(name, library):
     loss, params, to_tree, x = _model(name, library)
     want = _reference(name, False)
@@ -111,7 +124,7 @@ def test_unit_scaled_it_is_the_same_function(name, library):
     _close((value, to_tree(grads)), want, name)
 
 
-@pytest.mark.parametrize("name, library", CASES)
+@pytest.mark.parametrize("name, library", COSTLY)
 def test_unit_scaled_fp8_is_right_where_plain_fp8_is_lost(name, library):
     """At a loss of 2^-30 of its size E5M2, which holds 2^-16, has no gradients left."""
     loss, params, to_tree, x = _model(name, library)
@@ -133,7 +146,7 @@ def _cosine(a, b):
     return a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-300)
 
 
-@pytest.mark.parametrize("name, library", CASES)
+@pytest.mark.parametrize("name, library", COSTLY)
 def test_an_audit_finds_true_gradients_and_a_false_one(name, library):
     loss, params, _, x = _model(name, library)
     audit = jus.audit_gradients(jus.simulate_fp8(loss))(params, x)

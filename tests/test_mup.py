@@ -302,7 +302,10 @@ SGD_POWERS = {
 }
 
 
-@pytest.mark.parametrize("constraint", [None, jus.to_output_scale])
+@pytest.mark.parametrize(
+    "constraint",
+    [pytest.param(None, marks=pytest.mark.slow), jus.to_output_scale],
+)
 def test_sgds_plain_rates_depend_on_width_as_in_mups_table(constraint, truly):
     """Its plain rate is a^2 c k, k the ratio of a gradient and the true one."""
     optimiser = jus.optim.sgd(1.0, readout_constraint=constraint)

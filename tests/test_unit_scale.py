@@ -219,7 +219,13 @@ VALUE_AND_GRAD = ft.partial(jax.value_and_grad, argnums=(0, 1))
 BAD = {"weight": 2.0**-10, "divisor": 1e5}
 
 
-@pytest.mark.parametrize("scales", [{}, BAD], ids=["well scaled", "badly scaled"])
+@pytest.mark.parametrize(
+    "scales",
+    [
+        pytest.param({}, id="well scaled", marks=pytest.mark.slow),
+        pytest.param(BAD, id="badly scaled"),
+    ],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_values_and_gradients_are_the_same(name, scales):
     loss, *args = MODELS[name](**scales)
