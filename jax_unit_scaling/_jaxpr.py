@@ -53,6 +53,7 @@ from jax.sharding import PartitionSpec as P
 
 Place = tuple[int, ...]
 _PACKAGE = str(Path(__file__).parent)
+_JAX = str(Path(jax.__file__).parent)
 Value = Any
 
 
@@ -214,6 +215,11 @@ class Equation:
         is_call = self.primitive in ("jit", "pjit")
         is_call = is_call or self.primitive.startswith("custom_")
         return is_call and _PACKAGE in source and __file__ not in source
+
+    @property
+    def is_jax(self) -> bool:
+        """Whether what it calls is a function of JAX, as `jax.nn.relu` is."""
+        return _JAX in str(getattr(self._debug_info, "func_src_info", ""))
 
     @property
     def _debug_info(self) -> Any:

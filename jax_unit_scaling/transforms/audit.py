@@ -214,7 +214,7 @@ def traced_loss(
         )
     call = Call(fn, args, kwargs)
     outs = [v.aval for v in call.region.jaxpr.outvars]
-    if not outs or outs[0].shape != () or not is_float(outs[0]):
+    if not outs or outs[0].shape != () or not is_inexact(outs[0]):
         raise TypeError(
             "`fn` must return a scalar loss of floating-point numbers, as for "
             f"`jax.grad`{', and an auxiliary value' if has_aux else ''}, got "
@@ -230,7 +230,7 @@ def traced_loss(
     inputs = [
         i
         for i, (path, x) in enumerate(zip(call.paths, call.leaves, strict=True))
-        if is_float(x)
+        if is_inexact(x)
         and (path.startswith("fn") or tuple(path.split("/")[:2]) in roots)
     ]
     return call, inputs
@@ -358,7 +358,7 @@ class _Ratios:
         ratio = given[0]
         for other in given[1:]:
             ratio = self._join(ratio, other)
-        return [ratio if is_float(aval) else None for aval in equation.in_avals]
+        return [ratio if is_inexact(aval) else None for aval in equation.in_avals]
 
     def _false(
         self, equation: Equation, outs: list[_Ratio | None]
@@ -561,8 +561,8 @@ def _short(function: str) -> str:
     return function.removesuffix(".__call__").split(".")[-1]
 
 
-def is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
+def is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -21,7 +21,7 @@ from .audit import (
     FLAT,
     Operation,
     check_argnums,
-    is_float,
+    is_inexact,
     is_opened,
     operations,
     table,
@@ -182,7 +182,7 @@ class _Graph:
         operation = self._operations.get(equation.place)
         node = self.value((), *given, operation=operation).node
         return [
-            _Value(node, i, aval.shape) if is_float(aval) else None
+            _Value(node, i, aval.shape) if is_inexact(aval) else None
             for i, aval in enumerate(equation.out_avals)
         ]
 
@@ -194,7 +194,7 @@ class _Graph:
             inputs = [given[i] for i in region.inputs]
             for _, i in region.carry:
                 aval = region.jaxpr.invars[i].aval
-                if is_float(aval):
+                if is_inexact(aval):
                     inputs[i] = self.value(aval.shape, inputs[i])
             outs = self.inline(region, inputs)
             for out, i in region.carry:

@@ -79,7 +79,10 @@ def simulate_format(
     already: there the products of the backward pass round their residual to `fwd` and
     their cotangent to `bwd`. Functions with a `custom_vjp` keep it, and the products in
     both their passes are rounded; so do those with a `custom_jvp` that has a product
-    in the function itself (forward mode then raises).
+    in the function itself. Forward mode is refused by JAX where cotangents are
+    rounded. In a function that differentiates already, a cotangent is recognised if it
+    starts from a one or from an argument, as in `jax.grad`; where another number starts
+    it, as in `jax.vjp(loss, x)[1](1024.0)`, pass that number as an argument.
 
     Args:
         fn: a function of arrays, pytrees and Flax or Equinox modules, or a module.

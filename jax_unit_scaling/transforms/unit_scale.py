@@ -662,6 +662,12 @@ def _common(here: _Here, args: Sequence[Any]) -> int | None:
     return min(known, key=far, default=None)
 
 
+def _scattered(here: _Here, *args: Any) -> list[Any] | None:
+    """A scatter, which may apply a function to what is there."""
+    applies = here.equation.params.get("update_jaxpr") is not None
+    return None if applies else _aligned(here, *args)
+
+
 def _selected(here: _Here, which: Any, *cases: Any) -> list[Any]:
     """As `_aligned`, where the number that fills masked logits in float16 may be its
     largest: scaled up that would be infinite, and fully masked rows not a number."""
@@ -708,17 +714,28 @@ def _divided(here: _Here, x: Any, y: Any) -> list[Any]:
     return [_held(z, exponent) for z in here.bind(x, y)]
 
 
-def _product(here: _Here, lhs: Any, rhs: Any, *rest: Any) -> list[Any]:
+# Of products of unit-scaled numbers, each up to 16 in magnitude: below float16's 65504.
+_FLOAT16_TERMS = 2**12
+
+
+def _product(here: _Here, lhs: Any, rhs: Any, *rest: Any) -> list[Any] | None:
     """A product on operands of unit scale; its exponent is the sum of theirs.
 
     One that was zero is taken for a sum of independent terms.
     """
     given = zip((lhs, rhs), here.operands, strict=False)
     lhs, rhs = (_settle(x, s, CLOSE) for x, s in given)
+    if not _is_float(here.equation.out_avals[0]):
+        return None
     wide = here.equation.out_avals[0].dtype == jnp.float16
-    # JAX cannot transpose a convolution whose result is wider than its operands. Of
-    # unit operands it has the scale of sqrt(terms), which float16 holds.
-    wide &= here.equation.primitive != "conv_general_dilated"
+    if here.equation.primitive == "conv_general_dilated":
+        # JAX cannot transpose a convolution whose result is wider than its operands.
+        # Float16 holds the sum of fewer terms, even if they do not cancel.
+        wide &= _terms(here.equation) > _FLOAT16_TERMS
+        if wide:
+            lhs, rhs = (
+                Scaled(x.data.astype("float32"), x.exponent) for x in (lhs, rhs)
+            )
     changes = {"preferred_element_type": np.dtype(np.float32)} if wide else {}
     exponent = _sum(_exponent(lhs), _exponent(rhs))
     (y,) = here.bind(lhs, rhs, *rest, **changes)
@@ -752,9 +769,12 @@ def _to_the(power: Callable[[_Here], float]) -> _Rule:
         if not isinstance(x, Scaled):
             return None
         p = power(here)
+        if abs(p) > 2:  # which would take what is off its scale far off
+            x = _settle(x, here.operands[0], 0.5)
         if x.exponent is not None and (p * x.exponent) % 1:
             x = _at(x, x.exponent - 1)
         exponent = None if x.exponent is None else round(p * x.exponent)
+        exponent = exponent if p else 0  # of zeros, too, the 0th power is one
         return [_held(y, exponent) for y in here.bind(x)]
 
     return rule
@@ -772,8 +792,8 @@ def _rules(rule: _Rule, names: str) -> dict[str, _Rule]:
 def _rule(equation: Equation) -> _Rule | None:
     if _is_quantize(equation):
         return _quantized
-    if equation.can_be_opened:  # a derivative of its own, which would be the same
-        return _aligned if _is_homogeneous(equation) else None
+    if equation.can_be_opened:  # a derivative of its own: of JAX's it is a true one
+        return _aligned if equation.is_jax and _is_homogeneous(equation) else None
     return _RULES.get(equation.primitive)
 
 
@@ -802,7 +822,7 @@ _RULES: Mapping[str, _Rule] = {
         "reshape transpose broadcast_in_dim squeeze expand_dims slice dynamic_slice "
         "split unstack tile rev sort top_k neg abs real copy copy_p "
         "reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min "
-        "reduce_precision stop_gradient optimization_barrier name device_put "
+        "stop_gradient optimization_barrier name device_put "
         "sharding_constraint layout_constraint reshard mesh_cast pvary pcast "
         "pbroadcast pmax pmin ppermute all_gather all_gather_invariant all_to_all "
         "reduce_scatter psum psum_invariant",
@@ -811,7 +831,7 @@ _RULES: Mapping[str, _Rule] = {
     **_rules(
         _aligned,
         "add add_any sub max min clamp rem concatenate stack pad "
-        "scatter scatter-add scatter-sub scatter-max scatter-min scatter_add "
+        "scatter-add scatter-sub scatter-max scatter-min scatter_add "
         "scatter_sub scatter_max scatter_min dynamic_update_slice "
         "eq ne lt le gt ge eq_to lt_to le_to",
     ),
@@ -823,7 +843,9 @@ _RULES: Mapping[str, _Rule] = {
     **_rules(_to_the(lambda here: -0.5), "rsqrt"),
     **_rules(_unmoved, "sign is_finite argmax argmin"),
     "convert_element_type": _cast,
+    "reduce_precision": _quantized,
     "gather": _filled,
+    "scatter": _scattered,
     "select_n": _selected,
     "mul": _multiplied,
     "div": _divided,
