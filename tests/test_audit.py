@@ -496,3 +496,19 @@ def test_a_false_factor_is_sound_exactly_on_a_cut_edge(lines, which):
     for row in found.gradients:
         if row.verdict == "true":
             np.testing.assert_allclose(row.ratio, row.expected, rtol=1e-3)
+
+
+def test_a_way_through_complex_numbers_counts():
+    def loss(w):
+        return jnp.sum(jus.scale_bwd(w, 3.0) ** 2) + jnp.sum(jnp.abs(jnp.fft.fft(w)))
+
+    w = jnp.arange(1.0, 9.0)
+    (row,) = jus.audit_gradients(loss)(w).gradients
+    assert row.verdict == "broken"
+
+    def both(w):
+        return jnp.sum(jnp.abs(jnp.fft.fft(jus.scale_bwd(w, 3.0))))
+
+    (row,) = jus.audit_gradients(both)(w).gradients
+    assert row.verdict == "true"
+    np.testing.assert_allclose(row.ratio, 3, rtol=1e-5)

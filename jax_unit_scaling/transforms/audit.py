@@ -214,7 +214,8 @@ def traced_loss(
         )
     call = Call(fn, args, kwargs)
     outs = [v.aval for v in call.region.jaxpr.outvars]
-    if not outs or outs[0].shape != () or not is_inexact(outs[0]):
+    is_real = bool(outs) and jnp.issubdtype(outs[0].dtype, jnp.floating)
+    if not is_real or outs[0].shape != ():
         raise TypeError(
             "`fn` must return a scalar loss of floating-point numbers, as for "
             f"`jax.grad`{', and an auxiliary value' if has_aux else ''}, got "
