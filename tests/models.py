@@ -520,3 +520,36 @@ MODELS = {
         "haiku": lambda: _in_haiku(_hk_experts, _hk_list),
     },
 }
+
+
+# -- With state, and with derivatives of their own -------------------------------------
+
+
+class Stateful(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.up = nnx.Linear(8, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(self.norm(self.up(x)))
+
+
+@jax.custom_vjp
+def clipped(x, w):
+    return x @ w
+
+
+clipped.defvjp(
+    lambda x, w: (x @ w, (x, w)),
+    lambda r, g: (jnp.clip(g @ r[1].T, -0.5, 0.5), 2 * r[0].T @ g),
+)
+
+
+@jax.custom_jvp
+def halved(x):
+    return jnp.sin(x)
+
+
+halved.defjvps(lambda t, out, x: 0.5 * t * jnp.cos(x))

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec as P
+from models import clipped, halved
 
 import jax_unit_scaling as jus
 from jax_unit_scaling._jaxpr import Interpreter, Side, flow, trace, transform
@@ -36,25 +37,6 @@ def left(fn):
 
 def opened(fn):
     return transform(fn, lambda region: (Opened(), Side(jnp.uint32(0))))
-
-
-@jax.custom_vjp
-def _clipped(x, w):
-    return x @ w
-
-
-_clipped.defvjp(
-    lambda x, w: (x @ w, (x, w)),
-    lambda r, g: (jnp.clip(g @ r[1].T, -0.5, 0.5), 2 * r[0].T @ g),
-)
-
-
-@jax.custom_jvp
-def _halved(x):
-    return jnp.sin(x)
-
-
-_halved.defjvps(lambda t, out, x: 0.5 * t * jnp.cos(x))
 
 
 def _scanned(x, w):
@@ -100,10 +82,10 @@ FUNCTIONS = {
     "cond": _branched,
     "remat": _rematerialised,
     "shard_map": _sharded,
-    "custom_vjp": lambda x, w: _clipped(x, w) + 1,
-    "custom_jvp": lambda x, w: _halved(x @ w),
-    "vmap": lambda x, w: jax.vmap(lambda x: _clipped(x[None], w)[0])(x),
-    "grad": lambda x, w: jax.grad(lambda x: _scanned(_clipped(x, w), w).sum())(x),
+    "custom_vjp": lambda x, w: clipped(x, w) + 1,
+    "custom_jvp": lambda x, w: halved(x @ w),
+    "vmap": lambda x, w: jax.vmap(lambda x: clipped(x[None], w)[0])(x),
+    "grad": lambda x, w: jax.grad(lambda x: _scanned(clipped(x, w), w).sum())(x),
     "unit-scaled": lambda x, w: jus.cross_entropy(
         jus.linear(jus.gelu(jus.linear(x, w)), w), jnp.zeros(3, int)
     ),

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
-from models import INPUTS, MODELS, REFERENCE, TREES, normal
+from models import INPUTS, MODELS, REFERENCE, TREES, Stateful, normal
 
 import jax_unit_scaling as jus
 
@@ -168,17 +167,6 @@ def test_an_audit_finds_true_gradients_and_a_false_one(name, library):
 # -- State -----------------------------------------------------------------------------
 
 
-class _Stateful(nnx.Module):
-    def __init__(self):
-        rngs = nnx.Rngs(0)
-        self.up = nnx.Linear(8, 8, rngs=rngs)
-        self.norm = nnx.BatchNorm(8, rngs=rngs)
-        self.drop = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        return self.drop(self.norm(self.up(x)))
-
-
 def _mean_square(model, x):
     return jnp.mean(model(x) ** 2)
 
@@ -186,7 +174,7 @@ def _mean_square(model, x):
 @pytest.mark.parametrize("transformation", ["track_scales", "unit_scale"])
 def test_statistics_and_random_counts_are_updated(transformation):
     x = normal(16, 8)
-    plain, model = _Stateful(), _Stateful()
+    plain, model = Stateful(), Stateful()
     want = [_mean_square(plain, x), _mean_square(plain, x)]
     if transformation == "track_scales":
         f = jus.track_scales(_mean_square)
@@ -200,7 +188,7 @@ def test_statistics_and_random_counts_are_updated(transformation):
 
 
 def test_an_audit_leaves_state_alone():
-    model, x = _Stateful(), normal(16, 8)
+    model, x = Stateful(), normal(16, 8)
     audit = jus.audit_gradients(_mean_square)(model, x)
     verdicts = {row.path: row.verdict for row in audit.gradients}
     assert verdicts["args/0/up/kernel"] == "true"

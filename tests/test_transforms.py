@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec as P
+from models import Stateful
 
 import jax_unit_scaling as jus
 from jax_unit_scaling import E4M3, E5M2, Formats, simulate_format, simulate_fp8
@@ -473,21 +474,11 @@ def test_examples_in_a_step_draw_afresh_under_vmap_inside():
 
 
 def test_nnx_modules_keep_their_updates():
-    class Net(nnx.Module):
-        def __init__(self):
-            rngs = nnx.Rngs(0)
-            self.up = nnx.Linear(8, 8, rngs=rngs)
-            self.norm = nnx.BatchNorm(8, rngs=rngs)
-            self.drop = nnx.Dropout(0.5, rngs=rngs)
-
-        def __call__(self, x):
-            return self.drop(self.norm(self.up(x)))
-
-    model, x = Net(), normal(4, 8)
+    model, x = Stateful(), normal(4, 8)
     simulate_fp8(model)(x)
     nnx.jit(simulate_fp8(lambda m, x: m(x)))(model, x)
     assert model.drop.rngs.count[...] == 2
-    hand = Net()
+    hand = Stateful()
     hand.up.dot_general = DOT
     hand(x), hand(x)
     np.testing.assert_allclose(model.norm.mean[...], hand.norm.mean[...], rtol=1e-5)

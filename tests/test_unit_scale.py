@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec as P
+from models import clipped, halved
 from test_sharding import on_eight_devices
 
 import jax_unit_scaling as jus
@@ -610,25 +611,6 @@ def test_it_trains_in_fp8_with_static_scales():
 X, W = normal(3, 4, seed=5, scale=2.0**-9), normal(4, 4, seed=6, scale=2.0)
 
 
-@jax.custom_vjp
-def _clipped(x, w):
-    return x @ w
-
-
-_clipped.defvjp(
-    lambda x, w: (x @ w, (x, w)),
-    lambda r, g: (jnp.clip(g @ r[1].T, -0.5, 0.5), 2 * r[0].T @ g),
-)
-
-
-@jax.custom_jvp
-def _halved(x):
-    return jnp.sin(x)
-
-
-_halved.defjvps(lambda t, out, x: 0.5 * t * jnp.cos(x))
-
-
 def _scanned(x, w):
     def body(carry, w):
         y, total, count = carry
@@ -677,11 +659,11 @@ FUNCTIONS = {
     "cond": _branched,
     "remat": _rematerialised,
     "shard_map": _sharded,
-    "custom_vjp": lambda x, w: _clipped(x, w) + 1,
-    "custom_jvp": lambda x, w: _halved(x @ w),
-    "custom_jvp around a product": lambda x, w: jax.nn.silu(_clipped(x, w)),
-    "vmap": lambda x, w: jax.vmap(lambda x: _clipped(x[None], w)[0])(x),
-    "grad": lambda x, w: jax.grad(lambda x: _scanned(_clipped(x, w), w).sum())(x),
+    "custom_vjp": lambda x, w: clipped(x, w) + 1,
+    "custom_jvp": lambda x, w: halved(x @ w),
+    "custom_jvp around a product": lambda x, w: jax.nn.silu(clipped(x, w)),
+    "vmap": lambda x, w: jax.vmap(lambda x: clipped(x[None], w)[0])(x),
+    "grad": lambda x, w: jax.grad(lambda x: _scanned(clipped(x, w), w).sum())(x),
     "grad of remat": lambda x, w: jax.grad(lambda x: _rematerialised(x, w).sum())(x),
     "unit-scaled": lambda x, w: jus.linear(jus.gelu(jus.linear(x, w)), w),
     "key": lambda x, w: x + jax.random.normal(jax.random.key(0), x.shape),
@@ -715,7 +697,7 @@ def test_it_composes_with_vmap_scan_and_remat(name):
 
 
 def test_forward_mode_survives():
-    f = lambda x, w: _scanned(x, w) + _halved(x)
+    f = lambda x, w: _scanned(x, w) + halved(x)
     got = jax.jvp(unit_scale(f, X, W), (X, W), (W[:3], W))
     close(got, jax.jvp(f, (X, W), (W[:3], W)))
 
