@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
@@ -26,9 +25,9 @@ from rich.progress import (
 import jax_unit_scaling as jus
 from jax_unit_scaling import analysis
 
-from .data import Batch, Corpus, Ids, eval_batches, load_corpus, train_batch
+from .data import Batch, Corpus, Ids, load_corpus, train_batch
 from .model import ModelConfig
-from .task import Optimiser, make_training, optimiser, warmup_cosine
+from .task import Optimiser, make_training, mean_bits, optimiser, warmup_cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,17 +170,13 @@ def _train_batch(config: TrainConfig, corpus: Corpus, step: int) -> Batch:
 
 def _evaluate(config: TrainConfig, task: Task, state: Any, split: Ids) -> float:
     """Mean bits per character."""
-    total, count = 0.0, 0
-    for b in eval_batches(
+    return mean_bits(
+        lambda inputs, targets: task.nats(state, inputs, targets),
         split,
         batch=config.batch,
         length=config.length,
         limit=config.eval_characters,
-    ):
-        losses = np.asarray(task.nats(state, b.inputs, b.targets), np.float64)
-        total += losses[b.mask].sum()
-        count += int(b.mask.sum())
-    return total / count / math.log(2)
+    )
 
 
 def _latest(checkpoints: ocp.CheckpointManager, state: Any) -> tuple[Any, int]:

@@ -10,6 +10,7 @@ model does it to itself.
 """
 
 import dataclasses
+import functools as ft
 import json
 import math
 import platform
@@ -28,9 +29,9 @@ from rich.console import Console
 import jax_unit_scaling as jus
 from jax_unit_scaling import analysis
 
-from ..char_lm.data import Batch, Corpus, eval_batches, load_corpus, train_batch
+from ..char_lm.data import Batch, Corpus, load_corpus, train_batch
 from ..char_lm.model import ModelConfig, Precision, make_loss, make_model
-from ..char_lm.task import optimiser, warmup_cosine
+from ..char_lm.task import mean_bits, optimiser, warmup_cosine
 
 Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -199,19 +200,15 @@ def train(
             (i + every, float(bits[i : i + every].mean()))
             for i in range(0, config.steps, every)
         ]
-        total, seen = 0.0, 0
-        for e in eval_batches(
+        valid = mean_bits(
+            ft.partial(nats, params),
             corpus.valid,
             batch=config.batch,
             length=config.length,
             limit=config.eval_characters,
-        ):
-            losses = np.asarray(nats(params, e.inputs, e.targets), np.float64)
-            total += losses[e.mask].sum()
-            seen += int(e.mask.sum())
-        valid = round(total / seen / math.log(2), 5)
+        )
         seconds = round(time.perf_counter() - start, 1)
-        yield Run(name, log2_rate, seed, valid, curve, seconds)
+        yield Run(name, log2_rate, seed, round(valid, 5), curve, seconds)
 
 
 def summary(runs: list[Run]) -> list[dict[str, Any]]:
