@@ -112,7 +112,9 @@ def _accuracy(logits):
     return float(np.mean(np.argmax(logits, -1) == TEST[1]))
 
 
-@pytest.mark.parametrize("kind", [_Convolutional, _Transformer])
+@pytest.mark.parametrize(
+    "kind", [_Convolutional, pytest.param(_Transformer, marks=pytest.mark.slow)]
+)
 def test_a_trained_network_converts_and_is_tuned_in_fp8(kind):
     plain = _train(kind(nnx.Rngs(0)), _plain_loss, 5e-3, 200)
     logits = _logits(*nnx.split(plain))

@@ -832,6 +832,7 @@ def test_spectral_norm_is_that_of_its_operation_and_keeps_its_statistics():
     np.testing.assert_allclose(new["layer_instance/kernel/sigma"], new_sigma, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_muon_makes_the_same_update_of_the_same_cell_and_turns_no_part_of_it():
     muon, adam = jus.optim.muon(0.5), jus.optim.adam(0.5)
 

@@ -268,7 +268,16 @@ def _float64():
 
 
 # With a constrained readout SGD makes the updates of a free one: the next test.
-@pytest.mark.parametrize("name", [n for n in OPTIMISERS if "constrained" not in n])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            n, marks=pytest.mark.slow if n in ("lion", "sgd, momentum") else []
+        )
+        for n in OPTIMISERS
+        if "constrained" not in n
+    ],
+)
 def test_a_model_moves_as_the_equivalent_mup_model_does(name):
     _, path, _, _, losses = _setting(name)
     want_losses, want_path = _plain(_plain_rule, name)

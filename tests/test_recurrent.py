@@ -256,6 +256,7 @@ def _train(text, steps, seeds, **options):
     return np.asarray(losses)[:, -50:].mean(1)
 
 
+@pytest.mark.slow
 def test_an_lstm_trains_in_simulated_fp8_as_in_float32(close_to_float32):
     text = inspect.getsource(textwrap)
     exact = _train(text, 300, 3)

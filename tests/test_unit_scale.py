@@ -448,7 +448,12 @@ def _in_float16(loss, divisor):
 
 
 @pytest.mark.parametrize(
-    "name", ["MLP in jnp", "transformer in jnp", "LSTM under scan"]
+    "name",
+    [
+        pytest.param("MLP in jnp", marks=pytest.mark.slow),
+        "transformer in jnp",
+        pytest.param("LSTM under scan", marks=pytest.mark.slow),
+    ],
 )
 def test_float16_needs_no_loss_scaling(name):
     """Cotangents of 1e-8 and less: the naive gradient underflows."""
