@@ -5,9 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 from . import (
     analysis as analysis,
+    compiled as compiled,
     formats as formats,
+    fp8 as fp8,
     nnx as nnx,
     optim as optim,
+)
+from .compiled import (
+    CompiledProduct as CompiledProduct,
+    CompiledProducts as CompiledProducts,
+    assert_fp8 as assert_fp8,
+    fp8_products as fp8_products,
+    jit as jit,
 )
 from .constraints import (
     amean as amean,
@@ -24,7 +33,11 @@ from .formats import (
     E5M2 as E5M2,
     FP16 as FP16,
     FP32 as FP32,
+    MUNIT_FP8 as MUNIT_FP8,
+    NATIVE_FP8 as NATIVE_FP8,
     SIMULATED_FP8 as SIMULATED_FP8,
+    UMUP_FP8 as UMUP_FP8,
+    BlockFormats as BlockFormats,
     Format as Format,
     Formats as Formats,
     quantize as quantize,

@@ -146,26 +146,126 @@ def _check_format(name: str, value: object) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Formats:
-    """The formats of a matrix product, simulated in the dtype of its operands.
+    """The formats of a matrix product.
+
+    Simulated ones round in the dtype of the operands, and compute in it. Native ones
+    hand the hardware 8-bit operands (`jax_unit_scaling.fp8`).
 
     Attributes:
         fwd: both operands are rounded to it, for the forward and backward products.
         bwd: the output's cotangent is rounded to it before the backward products.
+        native: whether the operands of the product are 8-bit numbers themselves.
+        fused: of a native product's "lhs", "rhs" and "cotangent" those that one kernel
+            casts and transposes. It pays for what lies in memory as it is: a parameter,
+            what a product or an attention kernel wrote. The others are cast by XLA in
+            the kernel that computes them (a norm, an activation), and transposed as 8
+            bits.
 
-    None stands for no rounding.
+    None as a format stands for no rounding.
+
+    Raises:
+        TypeError: if `fwd` or `bwd` is no `Format`.
+        ValueError: if `native` and there is no hardware for the formats.
     """
 
     fwd: Format | None = None
     bwd: Format | None = None
+    native: bool = False
+    fused: tuple[str, ...] = ("rhs",)
 
     def __post_init__(self) -> None:
         for name in ("fwd", "bwd"):
             if (value := getattr(self, name)) is not None:
                 _check_format(name, value)
+        if not isinstance(self.native, bool):
+            raise TypeError(f"`native` must be a bool, got {self.native!r}.")
+        if unknown := {*self.fused} - {"lhs", "rhs", "cotangent"}:
+            raise ValueError(
+                '`fused` must be of "lhs", "rhs" and "cotangent", got '
+                f"{sorted(unknown)} in {self.fused!r}."
+            )
+        if self.native and (self.fwd, self.bwd) not in _NATIVE_PAIRS:
+            raise ValueError(
+                "native products need `fwd` and `bwd` to be E4M3 and E5M2, or both "
+                f"E4M3: there is no hardware for fwd={self.fwd} and bwd={self.bwd}. "
+                "Simulate them (`native=False`)."
+            )
 
+
+@dataclasses.dataclass(frozen=True)
+class ScaledFormats(Formats):
+    """The formats of an operation's product, and the factors for it to apply.
+
+    Attributes:
+        out: multiplies the product.
+        lhs, rhs: multiply the cotangents of its operands.
+    """
+
+    out: float = 1.0
+    lhs: float = 1.0
+    rhs: float = 1.0
+
+    @classmethod
+    def of(cls, formats: Formats, **factors: float) -> "ScaledFormats":
+        return cls(**vars(formats) | factors)
+
+    @property
+    def swapped(self) -> "ScaledFormats":
+        """Those of the product with its operands in the other order."""
+        names = {"lhs": "rhs", "rhs": "lhs"}
+        fused = tuple(names.get(x, x) for x in self.fused)
+        return dataclasses.replace(self, fused=fused, lhs=self.rhs, rhs=self.lhs)
+
+
+def also_fused(formats: Formats | None, *names: str) -> Formats | None:
+    """`formats` with more operands `fused`."""
+    if formats is None:
+        return None
+    fused = tuple(dict.fromkeys((*formats.fused, *names)))
+    return dataclasses.replace(formats, fused=fused)
+
+
+# What FP8 units multiply: any two but E5M2 with itself.
+_NATIVE_PAIRS = ((E4M3, E5M2), (E4M3, E4M3))
 
 # More precision forward, more range backward (Noune et al., 2022; OCP; both papers).
 SIMULATED_FP8 = Formats(E4M3, E5M2)
+NATIVE_FP8 = Formats(E4M3, E5M2, native=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockFormats:
+    """The formats of each product of a Transformer's layers.
+
+    Attributes:
+        attention_in: of the query, key and value projections.
+        attention: of attention itself: query, key and value are rounded, and the
+            output's cotangent. Native ones have no effect: attention computes in the
+            dtype of its inputs.
+        attention_out: of attention's output projection.
+        mlp_in: of a feed-forward layer's up and gate projections.
+        mlp_out: of its down projection.
+    """
+
+    attention_in: Formats | None = None
+    attention: Formats | None = None
+    attention_out: Formats | None = None
+    mlp_in: Formats | None = None
+    mlp_out: Formats | None = None
+
+    @classmethod
+    def of(cls, formats: "Formats | BlockFormats | None") -> "BlockFormats":
+        """Those of all products, where one for all is given."""
+        if isinstance(formats, BlockFormats):
+            return formats
+        return cls(*[formats] * len(dataclasses.fields(cls)))
+
+
+# Which of a Transformer's hidden products are in FP8. u-muP (section 4.2) keeps the two
+# whose inputs grow in training wide; munit scaling (Narayan et al., 2025, section 3)
+# needs none, for its norm is at the end of each branch.
+UMUP_FP8 = BlockFormats(attention_in=NATIVE_FP8, mlp_in=NATIVE_FP8)
+MUNIT_FP8 = BlockFormats.of(NATIVE_FP8)
 
 
 def quantize(

@@ -24,6 +24,7 @@ from jax import lax
 
 from .arguments import Check, checks_of
 from .constraints import Constraint, apply_constraint
+from .formats import ScaledFormats
 from .scale import scaled
 
 P = ParamSpec("P")
@@ -150,7 +151,15 @@ class Op(Generic[P, R]):
         bias = inputs.pop("bias", None) if "bias" in self.parameters else None
         dtype = jnp.result_type(*inputs.values())
         half = dtype == jnp.float16
-        common = self._common(factors, [*inputs], options, half)
+        formats = options.get("formats")
+        if native := self._is_product and formats is not None and formats.native:
+            # The hardware multiplies what it adds up by a number at no cost.
+            lhs, rhs = (factors.bwd[name] for name in inputs)
+            options["formats"] = ScaledFormats.of(
+                formats, out=factors.fwd, lhs=lhs, rhs=rhs
+            )
+            factors = Factors(1.0, {**factors.bwd, **dict.fromkeys(inputs, 1.0)})
+        common = self._common(factors, [*inputs], options, half and not native)
         for name, x in inputs.items():
             x = scaled(x, bwd=factors.bwd[name] / common)
             arguments[name] = x.astype(jnp.float32) if self._widens(half) else x

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent / "jax_unit_scaling"
 FLOORS = [
     {"scale", "constraints", "moments", "formats"},
     {"_jaxpr", "arguments", "op", "parameters"},
-    {"ops"},
+    {"ops", "fp8"},
     {"layers"},
     {"nnx", "linen", "transforms"},
-    {"analysis", "optim"},
+    {"analysis", "compiled", "optim"},
     {"__init__"},
 ]
 # Each framework has one door.

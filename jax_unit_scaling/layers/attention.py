@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..constraints import Constraint
-from ..formats import Formats
+from ..formats import BlockFormats, Formats, also_fused
 from ..ops.attention import dot_product_attention, rotary
 
 
@@ -53,6 +53,7 @@ class Attention:
     local_window_size: int | tuple[int, int] | None
     length: int | None
     constraint: Constraint | None
+    implementation: str = "xla"
 
     def attend(
         self,
@@ -100,10 +101,29 @@ class Attention:
             dropout_rate=0.0 if deterministic else dropout_rate,
             broadcast_dropout=broadcast_dropout,
             precision=precision,
+            implementation=self.implementation,
             formats=self.formats,
             constraint=self.constraint,
         )
         return y, cache
+
+
+def projection_formats(
+    formats: Formats | BlockFormats | None, name: str
+) -> Formats | None:
+    """Those of attention's projection "query", "key", "value" or "out".
+
+    Attention's output and the value's cotangent come from products, which XLA fuses no
+    cast into.
+    """
+    each = BlockFormats.of(formats)
+    match name:
+        case "out":
+            return also_fused(each.attention_out, "lhs")
+        case "value":
+            return also_fused(each.attention_in, "cotangent")
+        case _:
+            return each.attention_in
 
 
 SOW_WEIGHTS = (

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ..constraints import Constraint
-from ..formats import Formats
+from ..formats import BlockFormats, Formats
 from ..op import AxisName
 from ..ops.contraction import linear
 from ..scale import scale_bwd, scale_fwd
@@ -18,7 +18,7 @@ class Options(Protocol):
     """What a layer of either family holds for its product."""
 
     @property
-    def formats(self) -> Formats | None: ...
+    def formats(self) -> Formats | BlockFormats | None: ...
     @property
     def constraint(self) -> Constraint | None: ...
     @property

@@ -12,7 +12,7 @@ from flax.core import meta
 from jax import lax
 
 from ..constraints import Constraint, to_output_scale
-from ..formats import Formats
+from ..formats import BlockFormats, Formats
 from ..layers.embedding import attend, check_embedding, look_up
 from ..layers.linear import (
     apply_linear,
@@ -37,7 +37,7 @@ class Scaled(nn.Module, kw_only=True):
     """The fields that unit scaling adds to a layer with a product.
 
     Attributes:
-        formats: the number formats of its product, simulated.
+        formats: the number formats of its product, simulated or native.
         constraint: makes the output's and the input's factor agree.
         batch_axis_name: axes over which the batch is split, inside `shard_map`, `pmap`
             or a `vmap` over examples. As all names of axes it has no effect in `init`,
@@ -45,6 +45,19 @@ class Scaled(nn.Module, kw_only=True):
     """
 
     formats: Formats | None = None
+    constraint: Constraint | None = to_output_scale
+    batch_axis_name: AxisName | None = None
+
+
+class ScaledBlock(nn.Module, kw_only=True):
+    """The fields of `Scaled` for layers with several products.
+
+    Attributes:
+        formats: the number formats of all its products, or of each kind.
+        constraint, batch_axis_name: as in `Scaled`.
+    """
+
+    formats: Formats | BlockFormats | None = None
     constraint: Constraint | None = to_output_scale
     batch_axis_name: AxisName | None = None
 

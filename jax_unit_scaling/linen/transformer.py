@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ..layers.attention import SOW_WEIGHTS, Attention, Cache
+from ..formats import BlockFormats
+from ..layers.attention import SOW_WEIGHTS, Attention, Cache, projection_formats
 from ..layers.linear import options_of
 from ..layers.transformer import (
     ResidualRule,
@@ -20,12 +21,12 @@ from ..layers.transformer import (
 )
 from ..op import AxisName, axis_names
 from ..ops.activation import silu_glu
-from .linear import Dense, DenseGeneral, Scaled, fields_of, unit_normal
+from .linear import Dense, DenseGeneral, ScaledBlock, fields_of, unit_normal
 from .metadata import at_depth
 from .normalization import Dropout, LayerNorm, RMSNorm
 
 
-class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Scaled):
+class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, ScaledBlock):
     """`flax.linen.MultiHeadDotProductAttention` of unit-scaled projections and
     attention.
 
@@ -40,8 +41,11 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Scaled):
             the model also sees other lengths; without it a call's own counts, and in
             decoding the cache's.
         is_causal: whether a position sees only those up to its own.
+        implementation: as in `dot_product_attention`: "cudnn" is faster on a GPU.
         model_axis_name: axes over which the heads are split, inside `shard_map`.
-        formats, constraint, batch_axis_name: as in `Dense`.
+        formats: the number formats of its projections, and of attention's inputs; for
+            some alone, `BlockFormats`.
+        constraint, batch_axis_name: as in `Dense`.
 
     Its softmax is in float32 at least, whatever `force_fp32_for_softmax` says, and
     einsums for its inside need an `attention_fn` that takes them. Decoding takes any
@@ -56,6 +60,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Scaled):
     local_window_size: int | tuple[int, int] | None = None
     length: int | None = None
     is_causal: bool = False
+    implementation: str = "xla"
     model_axis_name: AxisName | None = None
 
     @nn.compact
@@ -138,7 +143,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Scaled):
             **split,
             **fields_of(self, *names),
             **inits | more,
-            **options_of(self),
+            **options_of(self) | {"formats": projection_formats(self.formats, name)},
         )
 
     def _attend(
@@ -151,9 +156,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Scaled):
                 "`qk_attn_weights_einsum_cls` and `attn_weights_value_einsum_cls` must "
                 "be None: an `attention_fn` of your own takes them."
             )
-        own = ("mult", "rotary_base", "local_window_size", "length")
+        own = ("mult", "rotary_base", "local_window_size", "length", "implementation")
         attention = Attention(
-            formats=self.formats,
+            formats=BlockFormats.of(self.formats).attention,
             constraint=self.constraint,
             **fields_of(self, *own),
         )
@@ -221,7 +226,7 @@ class MultiHeadAttention(MultiHeadDotProductAttention):
     """`MultiHeadDotProductAttention` under its other name."""
 
 
-class MLP(Scaled):
+class MLP(ScaledBlock):
     """A feed-forward layer: `down(activation(up(x), gate(x)))`, or without a gate.
 
     Attributes:
@@ -230,7 +235,8 @@ class MLP(Scaled):
         gated: whether there is a gate.
         model_axis_name: axes over which the hidden features are split, inside
             `shard_map`.
-        formats, constraint, batch_axis_name and the rest: as in `Dense`.
+        formats: the number formats of its products; for some alone, `BlockFormats`.
+        constraint, batch_axis_name and the rest: as in `Dense`.
     """
 
     hidden_features: int
@@ -248,6 +254,7 @@ class MLP(Scaled):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         names = ("use_bias", "dtype", "param_dtype", "precision")
         inits = ("kernel_init", "bias_init")
+        each = BlockFormats.of(self.formats)
 
         def layer(name: str, features: int) -> Dense:
             side = "in_axis_name" if name == "down" else "out_axis_name"
@@ -257,7 +264,8 @@ class MLP(Scaled):
                 name=name,
                 **split,
                 **fields_of(self, *names, *inits),
-                **options_of(self),
+                **options_of(self)
+                | {"formats": each.mlp_out if name == "down" else each.mlp_in},
             )
 
         return feed_forward(
@@ -269,7 +277,7 @@ class MLP(Scaled):
         )
 
 
-class TransformerBlock(Scaled):
+class TransformerBlock(ScaledBlock):
     """A Transformer block of an attention and an MLP branch.
 
     Attributes:

@@ -30,7 +30,7 @@ unit_normal = nnx.initializers.normal(1.0)
 class ScaledProduct(nnx.Module):
     """A mixin: the arguments that a layer with a product has beside its namesake's.
 
-    formats: the number formats of its product, simulated.
+    formats: the number formats of its product, simulated or native.
     constraint: makes the output's and the input's factor agree.
     batch_axis_name: axes over which the batch is split, inside `shard_map`, `pmap` or a
         `vmap` over examples.
@@ -121,7 +121,7 @@ class Linear(_Linear, nnx.Linear):
 
     Takes all arguments of its namesake (`dot_general` computes the plain product) and
 
-        formats: the number formats of its product, simulated.
+        formats: the number formats of its product, simulated or native.
         constraint: makes the output's and the input's factor agree.
         batch_axis_name: axes over which the batch is split, inside `shard_map`, `pmap`
             or a `vmap` over examples.

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..constraints import Constraint, to_output_scale
-from ..formats import Formats
-from ..layers.attention import SOW_WEIGHTS, Attention, Cache
+from ..formats import BlockFormats, Formats
+from ..layers.attention import SOW_WEIGHTS, Attention, Cache, projection_formats
 from ..layers.transformer import block_taus, check_stack, feed_forward, pre_norm
 from ..op import AxisName, axis_names
 from ..ops.activation import silu_glu
@@ -67,13 +67,15 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     Takes all arguments of its namesake (with an `attention_fn` of your own, those from
     `mult` to `length` are without effect) and
 
-        formats: the number formats of its projections, and of attention's inputs.
+        formats: the number formats of its projections, and of attention's inputs; for
+            some alone, `BlockFormats`.
         mult: multiplies the attention logits (u-muP's alpha_attn-softmax).
         rotary_base: turns queries and keys by their positions (`rotary`), if given.
         local_window_size: as in `dot_product_attention`.
         length: the length of training, as in `dot_product_attention`. Give it where
             the model also sees other lengths; without it a call's own counts, and in
             decoding the cache's.
+        implementation: as in `dot_product_attention`: "cudnn" is faster on a GPU.
         constraint, batch_axis_name: as in `Linear`.
         model_axis_name: axes over which the heads are split, inside `shard_map`.
 
@@ -90,11 +92,12 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         kernel_init: nnx.Initializer = unit_normal,
         out_kernel_init: nnx.Initializer | None = None,
         attention_fn: Callable[..., jax.Array] | None = None,
-        formats: Formats | None = None,
+        formats: Formats | BlockFormats | None = None,
         mult: float = 1.0,
         rotary_base: float | None = None,
         local_window_size: int | tuple[int, int] | None = None,
         length: int | None = None,
+        implementation: str = "xla",
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
         model_axis_name: AxisName | None = None,
@@ -108,7 +111,13 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             kernel_init=nnx.initializers.zeros_init(),
             attention_fn=attention_fn
             or _Attention(
-                formats, mult, rotary_base, local_window_size, length, constraint
+                BlockFormats.of(formats).attention,
+                mult,
+                rotary_base,
+                local_window_size,
+                length,
+                constraint,
+                implementation,
             ),
             rngs=rngs,
             **namesake,
@@ -132,7 +141,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 kernel_init=inits.get(name, kernel_init),
                 kernel_metadata=plain.kernel.get_metadata(),
                 bias_metadata=plain.bias and plain.bias.get_metadata(),
-                formats=formats,
+                formats=projection_formats(formats, name),
                 constraint=constraint,
                 batch_axis_name=batch_axis_name,
                 in_axis_name=model_axis_name if heads_first else None,
@@ -196,7 +205,8 @@ class MLP(nnx.Module):
         gated: whether there is a gate.
         model_axis_name: axes over which the hidden features are split, inside
             `shard_map`.
-        formats, constraint, batch_axis_name and the rest: as in `Linear`.
+        formats: the number formats of its products; for some alone, `BlockFormats`.
+        constraint, batch_axis_name and the rest: as in `Linear`.
     """
 
     def __init__(
@@ -207,14 +217,18 @@ class MLP(nnx.Module):
         activation: Callable[..., jax.Array] = silu_glu,
         gated: bool = True,
         model_axis_name: AxisName | None = None,
+        formats: Formats | BlockFormats | None = None,
         rngs: nnx.Rngs,
         **linear: Any,
     ):
+        each = BlockFormats.of(formats)
+
         def layer() -> Linear:
             return Linear(
                 in_features,
                 hidden_features,
                 out_axis_name=model_axis_name,
+                formats=each.mlp_in,
                 rngs=rngs,
                 **linear,
             )
@@ -225,6 +239,7 @@ class MLP(nnx.Module):
             hidden_features,
             in_features,
             in_axis_name=model_axis_name,
+            formats=each.mlp_out,
             rngs=rngs,
             **linear,
         )

@@ -84,6 +84,7 @@ def _attention_rule(
     length: int | None,
     mult: float,
     dropout_rate: float,
+    implementation: str,
     **_: Any,
 ) -> Factors:
     _check_shapes(query, key, value)
@@ -105,6 +106,15 @@ def _attention_rule(
         raise ValueError(
             "`dropout_rate` must be in [0, 1), and above 0 with a `dropout_key`, got "
             f"{dropout_rate} and {dropout_key}."
+        )
+    if implementation not in ("xla", "cudnn"):
+        raise ValueError(
+            f'`implementation` must be "xla" or "cudnn", got {implementation!r}.'
+        )
+    if implementation == "cudnn" and (dropout_rate or query_positions is not None):
+        raise ValueError(
+            '`implementation="cudnn"` has neither dropout nor `query_positions` (nor '
+            'decoding with a cache): use "xla" for them.'
         )
     if length is None and query_positions is not None:
         length = keys
@@ -164,6 +174,19 @@ def _reach(
             f"{local_window_size}."
         )
     return before, 0 if is_causal else after
+
+
+def _attention_times(
+    query: Array, key: Array, value: Array, *args: Any, **options: Any
+) -> Array:
+    """Attention times the last of `args`, multiplied in where XLA can put it into
+    another operation: nothing is fused with cuDNN's kernel, and the value has a factor
+    on it already."""
+    *rest, factor = args
+    attention = dot_product_attention.fn
+    if options["implementation"] == "cudnn":
+        return attention(query, key, value * factor, *rest, **options)
+    return attention(query, key, value, *rest, **options) * factor
 
 
 @ft.lru_cache(maxsize=1024)
@@ -226,6 +249,7 @@ def _attention_factors(
 @scaled_op(
     rule=_attention_rule,
     widen=False,  # float16 operands; logits and softmax in float32
+    multiplied=_attention_times,
     cases=(
         case(*3 * [(32, 64, 8, 32)]),
         case(*3 * [(32, 64, 8, 32)], is_causal=True),
@@ -269,6 +293,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     broadcast_dropout: bool = True,
     precision: lax.PrecisionLike = None,
+    implementation: str = "xla",
     formats: Formats | None = None,
     constraint: Constraint | None = to_output_scale,
 ) -> Float[Array, "*batch queries heads head_size"]:
@@ -296,7 +321,12 @@ def dot_product_attention(
             `query_positions` are given.
         dropout_key, dropout_rate, broadcast_dropout: drop attention weights, by one
             draw for all examples and heads or (False) by one for each.
-        formats: round query, key and value, and the output's cotangent.
+        implementation: "xla", or "cudnn" for NVIDIA's kernel, which keeps no [queries,
+            keys] array: in float16 and bfloat16, without `query_positions`, dropout and
+            `precision`.
+        formats: round query, key and value, and the output's cotangent. Native ones
+            have no effect: an 8-bit kernel would need scales of its own for the
+            attention weights.
 
     Factors: 1 / std of the output and of each cotangent for independent normal inputs,
     from exact integrals (`moments.py`), averaged over positions where these see
@@ -310,8 +340,27 @@ def dot_product_attention(
     References: u-muP (Blake et al., 2024), section 4 (mult / head_size, one factor);
     Almost-scaled dot-product attention (Blake & Bouamama, 2023).
     """
+    if formats is not None and formats.native:
+        formats = None
     if formats is not None and formats.fwd is not None:
         query, key, value = (quantize_fwd(x, formats.fwd) for x in (query, key, value))
+    if implementation == "cudnn":
+        y = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            None if mask is None else jnp.asarray(mask),
+            scale=mult / query.shape[-1],
+            is_causal=is_causal,
+            local_window_size=local_window_size,
+            implementation="cudnn",
+        )
+        return (
+            y
+            if formats is None or formats.bwd is None
+            else quantize_bwd(y, formats.bwd)
+        )
     *batch, queries, heads, head_size = query.shape
     keys, kv_heads = key.shape[-3:-1]
     # A group of one gets no axis: its transposes would stay in the compiled program.

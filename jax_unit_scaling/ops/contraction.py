@@ -15,29 +15,11 @@ from jaxtyping import Array, Float, Integer
 
 from ..arguments import axes_of, check_broadcast
 from ..constraints import Constraint, to_output_scale
-from ..formats import Formats, quantize_bwd, quantize_fwd
+from ..formats import Formats
+from ..fp8 import DotDimensionNumbers, in_formats
 from ..op import AxisName, Factors, Zeros, case, factors_of_sum, scaled_op
 
 DotGeneral = Callable[..., Array]
-DotDimensionNumbers = tuple[
-    tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
-]
-
-
-def rounded(
-    product: Callable[[Array, Array], Array], formats: Formats | None
-) -> Callable[[Array, Array], Array]:
-    """The product of operands, and of cotangents, rounded to `formats`."""
-    if formats is None:
-        return product
-
-    def of_rounded(lhs: Array, rhs: Array) -> Array:
-        if formats.fwd is not None:
-            lhs, rhs = (quantize_fwd(x, formats.fwd) for x in (lhs, rhs))
-        y = product(lhs, rhs)
-        return y if formats.bwd is None else quantize_bwd(y, formats.bwd)
-
-    return of_rounded
 
 
 def _dot_general_rule(
@@ -114,7 +96,7 @@ def dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, **keywords
         )
 
-    return rounded(product, formats)(lhs, rhs)
+    return in_formats(product, formats)(lhs, rhs)
 
 
 def _linear_rule(
@@ -230,7 +212,7 @@ def linear(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     )
-    y = rounded(product, formats)(x, kernel)
+    y = in_formats(product, formats)(x, kernel)
     return y if bias is None else y + bias
 
 
@@ -365,7 +347,7 @@ def matmul(
     product = ft.partial(
         jnp.matmul, precision=precision, preferred_element_type=preferred_element_type
     )
-    return rounded(product, formats)(x, y)
+    return in_formats(product, formats)(x, y)
 
 
 def _einsum_rule(subscripts: str, x: Any, y: Any, **_: Any) -> Factors:
@@ -458,7 +440,7 @@ def einsum(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-    return rounded(product, formats)(x, y)
+    return in_formats(product, formats)(x, y)
 
 
 def _einsum_linear_rule(
@@ -512,7 +494,7 @@ def einsum_linear(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     )
-    y = rounded(product, formats)(x, kernel)
+    y = in_formats(product, formats)(x, kernel)
     return y if bias is None else y + bias
 
 
@@ -589,4 +571,4 @@ def ragged_dot(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-    return rounded(product, formats)(lhs, rhs)
+    return in_formats(product, formats)(lhs, rhs)

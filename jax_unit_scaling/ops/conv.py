@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
+from ..fp8 import in_formats
 from ..op import AxisName, Factors, Zeros, case, factors_of_sum, scaled_op
-from .contraction import given_options, rounded
+from .contraction import given_options
 from .window import Pads, Window, count_hits, pads_of, per_axis
 
 PerAxis = int | Sequence[int] | None
@@ -153,7 +154,7 @@ def _convolve(
             **options,
         )
 
-    return rounded(given_options(product, **options), formats)(x, kernel)
+    return in_formats(given_options(product, **options), formats)(x, kernel)
 
 
 def _flat(x: Array, rank: int) -> Array:

@@ -1,0 +1,5 @@
+import tyro
+
+from .run import SpeedConfig, run
+
+run(tyro.cli(SpeedConfig))

@@ -1,0 +1,476 @@
+"""Native 8-bit products: the hardware's own, with unit scaling's static factors.
+
+A product y = a (x w) of unit-scaled operands is a clipped cast of each to E4M3 and one
+8-bit product; its cotangent g is cast to E5M2, and dx = b (g w^T), dw = c (x^T g) are
+8-bit products too. Nothing is measured and nothing is remembered: a, b and c are
+constants of the compiled program, and what is kept for the backward pass has 8 bits.
+
+What the numbers below stand for was measured on an H200 (`experiments/fp8_speed`):
+
+- Hopper's FP8 units take operands whose contracted axis is innermost. Each of the three
+  tensors is contracted along one axis on the way forward and along the other on the way
+  back, so it is needed both as it is and transposed (`_both_layouts`). XLA would
+  transpose by itself, in a cast that reads 16 bits and is not fused into what computes
+  them; to say so costs a tenth less time.
+- cuBLASLt multiplies its result by a number at no cost. XLA makes a multiplication of
+  the result that number only if its broadcast has no second use, and it shares the
+  broadcasts of equal factors among equal shapes: in a model, all of them. What reaches
+  cuBLASLt always is a factor on an operand on its way up from 8 bits (`_matmul`).
+- A cast straight back up is removed (`f8 -> bf16` behind `bf16 -> f8`): a barrier
+  behind each cast keeps it.
+
+Reference: FP8 formats for deep learning (Micikevicius et al., 2022); Unit Scaling
+(Blake et al., 2023), section 6; munit scaling (Narayan et al., 2025).
+"""
+
+import dataclasses
+import functools as ft
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ._jaxpr import Equation, Interpreter, Side, flow, transform
+from .formats import Format, Formats, ScaledFormats, quantize_bwd, quantize_fwd
+from .op import varying
+from .scale import scaled
+
+Product = Callable[[Array, Array], Array]
+DotDimensionNumbers = tuple[
+    tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
+]
+# What `jax.checkpoint_policies.save_only_these_names` keeps of an 8-bit product.
+RESIDUAL = "fp8_residual"
+# In the name stack of each 8-bit product: what a compiled program is searched for.
+SCOPE = "fp8_product"
+
+
+def in_formats(product: Product, formats: Formats | None) -> Product:
+    """The product of operands, and of cotangents, in `formats`.
+
+    Of native ones a dot is an 8-bit product. What is no dot (a convolution, a ragged
+    dot) is simulated: XLA has 8-bit kernels for neither's backward products.
+    """
+    if formats is None:
+        return product
+    both = ScaledFormats.of(formats)
+    return _native(product, both) if formats.native else _simulated(product, both)
+
+
+def _simulated(product: Product, formats: ScaledFormats) -> Product:
+    def of_rounded(lhs: Array, rhs: Array) -> Array:
+        # A factor of one leaves no trace.
+        lhs, rhs = scaled(lhs, bwd=formats.lhs), scaled(rhs, bwd=formats.rhs)
+        if formats.fwd is not None:
+            lhs, rhs = (quantize_fwd(x, formats.fwd) for x in (lhs, rhs))
+        y = product(lhs, rhs)
+        y = y if formats.bwd is None else quantize_bwd(y, formats.bwd)
+        return scaled(y, fwd=formats.out)
+
+    return of_rounded
+
+
+# -- Any function that is one dot ------------------------------------------------------
+
+
+def _native(product: Product, formats: ScaledFormats) -> Product:
+    def of_cast(lhs: Array, rhs: Array) -> Array:
+        _tell_once()
+        native = transform(product, lambda region: (_Native(formats), Side()))
+        try:
+            return native(lhs, rhs)
+        except _NoSingleDot:
+            return _simulated(product, formats)(lhs, rhs)
+
+    return of_cast
+
+
+# What may stand between a product's operands and its dot.
+_MOVES = (
+    "reshape",
+    "transpose",
+    "squeeze",
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+)
+
+
+class _NoSingleDot(Exception):
+    pass
+
+
+class _Native(Interpreter):
+    """Makes a function's one `dot_general` an 8-bit product."""
+
+    def __init__(self, formats: ScaledFormats) -> None:
+        self._formats = formats
+
+    def begin(self, region: Any, cotangents: Sequence[bool]) -> None:
+        dots = []
+
+        def transfer(equation: Equation, given: list[Any]) -> list[Any]:
+            if self.wants(equation):
+                dots.append(given)
+            elif equation.primitive not in _MOVES:
+                raise _NoSingleDot  # a sum, which would come before the rounding
+            return [max(given, default=0)] * len(equation.outvars)
+
+        # einsum may hand its operands to the dot in the other order.
+        flow(region, [1, 2], transfer, join=max, bottom=0)
+        if sorted(map(tuple, dots)) not in ([(1, 2)], [(2, 1)]):
+            raise _NoSingleDot
+        if dots[0] == [2, 1]:
+            self._formats = self._formats.swapped
+
+    def wants(self, equation: Equation) -> bool:
+        return equation.primitive in (
+            "dot_general",
+            "conv_general_dilated",
+            "ragged_dot_general",
+        )
+
+    def rewrite(
+        self, equation: Equation, side: Side, *args: Any
+    ) -> tuple[Sequence[Any], None]:
+        if equation.primitive != "dot_general":
+            raise _NoSingleDot
+        params = equation.params
+        lhs, rhs = args
+        y = dot_general(
+            lhs,
+            rhs,
+            params["dimension_numbers"],
+            params["precision"],
+            equation.out_avals[0].dtype,
+            formats=self._formats,
+            out_sharding=params.get("out_sharding"),
+        )
+        return [y], None
+
+
+# -- The product -----------------------------------------------------------------------
+
+
+def dot_general(
+    lhs: Float[Array, "..."],
+    rhs: Float[Array, "..."],
+    dimension_numbers: DotDimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    *,
+    formats: Formats,
+    out_sharding: Any = None,
+) -> Float[Array, "..."]:
+    """`jax.lax.dot_general` of 8-bit operands, forward and backward.
+
+    Without factors; `jax_unit_scaling.dot_general(..., formats=NATIVE_FP8)` is the
+    unit-scaled one. Operands are clipped to the largest number of `formats.fwd` and
+    cast, the cotangent likewise to `formats.bwd`; NaN stays NaN. All sums are
+    float32's, the result and both cotangents have the dtype that they have without.
+
+    `precision` HIGHEST asks for sums in full float32, which costs a few percent; by
+    default Hopper's units add up with 14 bits or so before that.
+    """
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    (lc, rc), (lb, rb) = (tuple(map(tuple, pair)) for pair in dimension_numbers)
+    dtype = np.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
+    left, right = _Operand.of(lhs, lb, lc), _Operand.of(rhs, rb, rc)
+    both = ScaledFormats.of(formats)
+    how = _How(left, right, dtype, precision, both, out_sharding)
+    # Inside a `shard_map` the rule below gives each device's own part of a cotangent;
+    # JAX adds them up where it knows that the operand is the same on all devices.
+    axes = varying(lhs) | varying(rhs)
+    return _dot(*(_varying_along(x, axes) for x in (lhs, rhs)), how)
+
+
+def _varying_along(x: Array, axes: frozenset[str]) -> Array:
+    missing = tuple(sorted(axes - varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operand:
+    """What is static of an operand: its axes by what they do, its shape and dtype.
+
+    As a matrix it is [batch, free, contracted], each one axis, and the batch none if
+    there is none.
+    """
+
+    batch: tuple[int, ...]
+    free: tuple[int, ...]
+    contracted: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @classmethod
+    def of(
+        cls, x: Array, batch: tuple[int, ...], contracted: tuple[int, ...]
+    ) -> "_Operand":
+        free = tuple(i for i in range(x.ndim) if i not in (*batch, *contracted))
+        return cls(batch, free, contracted, x.shape, x.dtype)
+
+    @property
+    def contracted_first(self) -> bool:
+        """Whether its contracted axes lie before the free ones in memory, as those of a
+        kernel [in, out] do."""
+        order = (*self.batch, *self.contracted, *self.free)
+        return order == tuple(range(len(self.shape)))
+
+    @property
+    def _order(self) -> tuple[tuple[int, ...], ...]:
+        two = (self.free, self.contracted)
+        return (self.batch, *(two[::-1] if self.contracted_first else two))
+
+    def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.shape[i] for i in axes)
+
+    def matrix(self, x: Array) -> Array:
+        """`x` as a matrix, or as its transpose where `contracted_first`."""
+        batch, *two = self._order
+        groups = [batch, *two] if batch else two
+        sizes = [math.prod(self.sizes(g)) for g in groups]
+        return x.transpose((*batch, *two[0], *two[1])).reshape(sizes)
+
+    def unmatrix(self, matrix: Array) -> Array:
+        """The inverse of `matrix`."""
+        batch, *two = self._order
+        order = (*batch, *two[0], *two[1])
+        return matrix.reshape(self.sizes(order)).transpose(np.argsort(order))
+
+    def cast(self, x: Array, format: Format, fused: bool) -> tuple[Array, Array]:
+        """`x` in 8 bits, as a matrix and as its transpose."""
+        one, other = _both_layouts(self.matrix(x), format, fused)
+        return (other, one) if self.contracted_first else (one, other)
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What is static of a product."""
+
+    lhs: _Operand
+    rhs: _Operand
+    dtype: np.dtype
+    precision: Any
+    formats: ScaledFormats
+    out_sharding: Any
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        lhs, rhs = self.lhs, self.rhs
+        free = (*lhs.sizes(lhs.free), *rhs.sizes(rhs.free))
+        return (*lhs.sizes(lhs.batch), *free)
+
+
+@ft.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot(lhs: Array, rhs: Array, how: _How) -> Array:
+    return _dot_fwd(lhs, rhs, how)[0]
+
+
+def _dot_fwd(lhs: Array, rhs: Array, how: _How) -> tuple[Array, Any]:
+    formats = how.formats
+    x, x_t = how.lhs.cast(lhs, _given(formats.fwd), "lhs" in formats.fused)
+    w, w_t = how.rhs.cast(rhs, _given(formats.fwd), "rhs" in formats.fused)
+    y = _matmul(x, w, formats.out, how.dtype, how.precision).reshape(how.out_shape)
+    if how.out_sharding is not None:
+        y = jax.sharding.reshard(y, how.out_sharding)
+    # The backward products contract each operand's other axis: of its two layouts they
+    # need the one alone.
+    return y, tuple(checkpoint_name(z, RESIDUAL) for z in (x_t, w_t))
+
+
+def _dot_bwd(how: _How, residuals: Any, g: Array) -> tuple[Array, Array]:
+    (x_t, w_t), formats = residuals, how.formats
+    rows, columns = x_t.shape[-1], w_t.shape[-1]
+    g, g_t = _both_layouts(
+        g.reshape(*x_t.shape[:-2], rows, columns),
+        _given(formats.bwd),
+        "cotangent" in formats.fused,
+    )
+    cotangents = []
+    for operand, scale, one, other in (
+        (how.lhs, formats.lhs, g, w_t),
+        (how.rhs, formats.rhs, g_t, x_t),
+    ):
+        if operand.contracted_first:
+            one, other = other, one
+        d = _matmul(one, other, scale, operand.dtype, how.precision)
+        cotangents.append(operand.unmatrix(d))
+    return cotangents[0], cotangents[1]
+
+
+_dot.defvjp(_dot_fwd, _dot_bwd)
+
+
+def _given(format: Format | None) -> Format:
+    assert format is not None  # native `Formats` have both
+    return format
+
+
+def _matmul(
+    lhs: Array, rhs: Array, scale: float, dtype: np.dtype, precision: Any
+) -> Array:
+    """scale * lhs [.., m, k] rhs [.., n, k]^T in `dtype`."""
+    last = lhs.ndim - 1
+    numbers = (((last,), (last,)), (tuple(range(last - 1)),) * 2)
+    dot = ft.partial(lax.dot_general, dimension_numbers=numbers, precision=precision)
+
+    def widened(lhs: Array, rhs: Array) -> Array:
+        lhs, rhs = lhs.astype(dtype) * scale, rhs.astype(dtype)
+        return dot(lhs, rhs, preferred_element_type=dtype)
+
+    def direct(lhs: Array, rhs: Array) -> Array:
+        y = dot(lhs, rhs, preferred_element_type=jnp.float32) * scale
+        return y.astype(dtype)
+
+    with jax.named_scope(SCOPE):
+        if scale == 1.0:
+            return dot(lhs, rhs, preferred_element_type=dtype)
+        return lax.platform_dependent(lhs, rhs, cuda=widened, default=direct)
+
+
+# -- Casts -----------------------------------------------------------------------------
+
+
+def cast(x: Array, format: Format) -> Array:
+    """`x` in the format's own dtype, what lies beyond its largest number clipped."""
+    limit = format.max_in(x.dtype)
+    return jnp.clip(x, -limit, limit).astype(format.dtype)
+
+
+def _both_layouts(x: Array, format: Format, fused: bool) -> tuple[Array, Array]:
+    """`x` [.., a, b] in 8 bits, and its transpose [.., b, a]."""
+    if fused and _kernels_apply(x):
+        both = lax.platform_dependent(
+            x,
+            cuda=ft.partial(cast_and_transpose, format=format),
+            default=lambda x: (y := cast(x, format), y.swapaxes(-1, -2)),
+        )
+        return lax.optimization_barrier(both)
+    # The first barrier keeps the cast out of the transpose, which would read 16 bits
+    # then, the second the transpose out of the product.
+    y = lax.optimization_barrier(cast(x, format))
+    if not _kernels_apply(x):
+        return y, lax.optimization_barrier(y.swapaxes(-1, -2))
+    return y, lax.optimization_barrier(
+        lax.platform_dependent(y, cuda=transpose, default=lambda y: y.swapaxes(-1, -2))
+    )
+
+
+# -- Kernels ---------------------------------------------------------------------------
+
+# Tiles [rows, columns] and their warps, the fastest first of ten tried on an H200: it
+# casts and transposes a 16384 x 16384 matrix at 3.5 TB/s, and transposes one at 3.3,
+# where a copy moves 3.2. The other, for sizes that it does not divide, is 5% slower.
+_TILES = (((64, 256), 8), ((64, 128), 4))
+
+
+def _kernels_apply(x: Array) -> bool:
+    """Whether whole tiles cover `x`, and it is in one piece.
+
+    XLA partitions none of these kernels over devices. So where there may be several,
+    and no `shard_map` has split the work, XLA casts and transposes.
+    """
+    whole = x.ndim == 2 and _tile_of(x.shape) is not None
+    return whole and (jax.device_count() == 1 or bool(varying(x)))
+
+
+def _tile_of(shape: tuple[int, ...]) -> tuple[tuple[int, int], int] | None:
+    for tile, warps in _TILES:
+        if all(n % t == 0 for n, t in zip(shape, tile, strict=True)):
+            return tile, warps
+    return None
+
+
+def cast_and_transpose(
+    x: Float[Array, "a b"], *, format: Format, interpret: bool = False
+) -> tuple[Float[Array, "a b"], Float[Array, "b a"]]:
+    """`cast` and its transpose, in one read of `x`."""
+    limit = format.max_in(x.dtype)
+
+    def kernel(x_ref: Any, y_ref: Any, t_ref: Any) -> None:
+        y = jnp.clip(x_ref[...].astype(jnp.float32), -limit, limit)
+        y = y.astype(format.dtype)
+        y_ref[...] = y
+        t_ref[...] = y.T
+
+    y, t = _tiled(kernel, x, format.dtype, both=True, interpret=interpret)
+    return y, t
+
+
+def transpose(
+    x: Float[Array, "a b"], *, interpret: bool = False
+) -> Float[Array, "b a"]:
+    """The transpose of a matrix of 8-bit numbers."""
+
+    def kernel(x_ref: Any, t_ref: Any) -> None:
+        t_ref[...] = x_ref[...].T
+
+    bits = lax.bitcast_convert_type(x, jnp.int8)
+    (y,) = _tiled(kernel, bits, jnp.int8, both=False, interpret=interpret)
+    return lax.bitcast_convert_type(y, x.dtype)
+
+
+def _tiled(
+    kernel: Callable[..., None], x: Array, dtype: Any, *, both: bool, interpret: bool
+) -> Sequence[Array]:
+    # Importing it takes as long as all of this library.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as pl_triton
+
+    (a, b), found = x.shape, _tile_of(x.shape)
+    if found is None:
+        smallest, _ = _TILES[-1]
+        raise ValueError(f"`x` must be tiles of {smallest}, got shape {x.shape}.")
+    (rows, columns), warps = found
+    straight = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
+    crossed = pl.BlockSpec((columns, rows), lambda i, j: (j, i))
+    shapes = [(a, b), (b, a)] if both else [(b, a)]
+    return pl.pallas_call(
+        kernel,
+        grid=(a // rows, b // columns),
+        in_specs=[straight],
+        out_specs=[straight, crossed] if both else [crossed],
+        out_shape=[_struct(shape, dtype, x) for shape in shapes],
+        compiler_params=pl_triton.CompilerParams(num_warps=warps),
+        interpret=interpret,
+    )(x)
+
+
+def _struct(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
+    axes = varying(like)
+    return jax.ShapeDtypeStruct(shape, dtype, **({"vma": axes} if axes else {}))
+
+
+# -- Hardware --------------------------------------------------------------------------
+
+
+def is_native() -> bool:
+    """Whether the default backend has units for 8-bit products: NVIDIA GPUs of compute
+    capability 8.9 (Ada, Hopper) and later, TPUs of the seventh generation and later."""
+    device = jax.devices()[0]
+    if device.platform == "gpu":
+        major, minor, *_ = (*map(int, str(device.compute_capability).split(".")), 0)
+        return (major, minor) >= (8, 9)
+    if device.platform == "tpu":
+        return any(x in device.device_kind.lower() for x in ("v7", "tpu7", "ironwood"))
+    return False
+
+
+@ft.cache
+def _tell_once() -> None:
+    if not is_native():
+        warnings.warn(
+            f"native FP8 formats on {jax.devices()[0].device_kind}, which has no units "
+            "for 8-bit products: results are the same, but 8 bits are widened for each "
+            "product, which is slow.",
+            stacklevel=2,
+        )
