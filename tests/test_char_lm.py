@@ -12,17 +12,17 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.char_lm.data import eval_batches, load_corpus, train_batch
 from experiments.char_lm.demo import DemoConfig, demo
 from experiments.char_lm.model import ModelConfig
 from experiments.char_lm.sweep import SweepConfig, sweep
 from experiments.char_lm.train import (
     TrainConfig,
     make_task,
-    read_metrics,
     read_scales,
     train,
 )
+from experiments.shared.data import load_corpus
+from experiments.shared.record import read_metrics
 
 
 @pytest.fixture
@@ -31,43 +31,6 @@ def folder(tmp_path):
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text(text, encoding="utf-8")
     return tmp_path
-
-
-def test_the_standard_library_is_megabytes_of_text():
-    corpus = load_corpus()
-    assert len(corpus.train) > 5e6 and len(corpus.valid) > 1e4
-    assert list(corpus.vocabulary) == sorted(set(corpus.vocabulary))
-    text = "".join(np.array(corpus.vocabulary)[corpus.train[: 10**6]])
-    assert "def " in text
-
-
-def test_batches_are_a_function_of_seed_and_step(folder):
-    ids = load_corpus(folder).train
-    a, b, c = (train_batch(ids, step=s, seed=0, batch=4, length=16) for s in (3, 3, 4))
-    np.testing.assert_array_equal(a.inputs, b.inputs)
-    assert (a.inputs != c.inputs).any()
-    np.testing.assert_array_equal(a.inputs[:, 1:], a.targets[:, :-1])
-
-
-@pytest.mark.parametrize("limit", [None, 100])
-def test_evaluation_sees_each_target_once(folder, limit):
-    ids = load_corpus(folder).valid
-    batches = list(eval_batches(ids, batch=3, length=16, limit=limit))
-    seen = np.concatenate([b.targets[b.mask] for b in batches])
-    np.testing.assert_array_equal(seen, ids[1:][: limit or len(ids)])
-
-
-def test_bad_text_gets_an_error_that_names_the_file(folder):
-    with pytest.raises(FileNotFoundError, match="missing: .*train.txt, .*valid.txt"):
-        load_corpus(folder / "nowhere")
-    (folder / "valid.txt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"valid\.txt is empty"):
-        load_corpus(folder)
-    (folder / "valid.txt").write_bytes(b"\xff\xfe\xfd")
-    with pytest.raises(ValueError, match=r"valid\.txt is not UTF-8"):
-        load_corpus(folder)
-    with pytest.raises(ValueError, match="must be longer than `length` 16"):
-        train_batch(np.arange(5), step=0, seed=0, batch=1, length=16)
 
 
 def _config(folder, **more):

@@ -14,10 +14,11 @@ from rich.console import Console
 
 from jax_unit_scaling import analysis
 
-from .data import load_corpus, train_batch
+from ..shared.data import load_corpus, train_batch
+from ..shared.record import read_metrics
 from .histogram import initial_histograms
 from .model import ModelConfig, Parametrisation, Precision
-from .train import TrainConfig, read_metrics, train
+from .train import TrainConfig, train
 
 RUNS: tuple[tuple[Parametrisation, Precision], ...] = (
     ("regular", "float32"),

@@ -1,19 +1,16 @@
 """Training as pure functions of seed and learning rate, to be jitted or vmapped."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 import jax_unit_scaling as jus
 
-from .data import Ids, eval_batches
 from .model import ModelConfig, Parametrisation, make_loss, make_model
 
 Optimiser = Literal["adam", "lion"]
@@ -93,18 +90,3 @@ def warmup_cosine(rate: Any, *, warmup: int, steps: int) -> Callable[[Any], Any]
         0.0, 1.0, min(warmup, steps // 2), steps, 0.1
     )
     return lambda count: rate * shape(count)
-
-
-def mean_bits(
-    nats: Callable[..., jax.Array], split: Ids, *, batch: int, length: int, limit: int
-) -> float:
-    """Bits per character in the mean over a text, at most `limit` characters of it.
-
-    `nats` is (inputs, targets) -> the loss of each character, [batch, length].
-    """
-    total, count = 0.0, 0
-    for b in eval_batches(split, batch=batch, length=length, limit=limit):
-        losses = np.asarray(nats(b.inputs, b.targets), np.float64)
-        total += losses[b.mask].sum()
-        count += int(b.mask.sum())
-    return total / count / math.log(2)

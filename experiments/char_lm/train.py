@@ -1,33 +1,24 @@
 """Trains one character-level language model: `python -m experiments.char_lm.train`."""
 
-import contextlib
 import dataclasses
 import functools as ft
-import json
-import math
-import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
-import orbax.checkpoint as ocp
 import tyro
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 import jax_unit_scaling as jus
 from jax_unit_scaling import analysis
 
-from .data import Batch, Corpus, Ids, load_corpus, train_batch
+from ..shared.data import load_corpus, train_batch
+from ..shared.evaluate import mean_bits
+from ..shared.loop import train_steps
+from ..shared.record import claim, log
 from .model import ModelConfig
-from .task import Optimiser, make_training, mean_bits, optimiser, warmup_cosine
+from .task import Optimiser, make_training, optimiser, warmup_cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,152 +112,45 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
             last checkpoint cannot be read.
     """
     corpus = load_corpus(config.data)
-    _claim(config, corpus)
-    task = make_task(config, len(corpus.vocabulary))
-    # Written before the run goes on: a kill loses one interval at most.
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, enable_async_checkpointing=False
+    claim(
+        config.out,
+        {
+            "config": dataclasses.asdict(config),
+            "data": corpus.name,
+            "vocabulary": "".join(corpus.vocabulary),
+            "fingerprint": corpus.fingerprint,
+        },
     )
-    folder = config.out.resolve() / "checkpoints"
-    with ocp.CheckpointManager(folder, options=options) as checkpoints:
-        state, start = _latest(checkpoints, task.state)
-        _forget_after(config, start)
-        with _progress(config, start, progress) as show:
-            for i in range(start, config.steps):
-                b = _train_batch(config, corpus, i)
-                if config.track_every and i % config.track_every == 0:
-                    state, value, scales = task.tracked_step(state, b.inputs, b.targets)
-                    analysis.save(scales, _scales_folder(config) / f"{i}.npz")
-                else:
-                    state, value = task.step(state, b.inputs, b.targets)
-                if i % 10 == 0 or i + 1 == config.steps:
-                    bits = float(value) / math.log(2)
-                    _log(config, step=i, loss_bits=bits)
-                    show(i + 1, bits)
-                if (i + 1) % config.checkpoint_every == 0:
-                    leaves = jax.tree.leaves(state)
-                    checkpoints.save(i + 1, args=ocp.args.StandardSave(leaves))
-    final = {
-        "step": config.steps,
-        "valid_bits": _evaluate(config, task, state, corpus.valid),
-    }
-    _log(config, **final)
+    task = make_task(config, len(corpus.vocabulary))
+    size = {"batch": config.batch, "length": config.length}
+
+    def advance(state: Any, i: int) -> tuple[Any, jax.Array]:
+        b = train_batch(corpus.train, step=i, seed=config.seed, **size)
+        if config.track_every and i % config.track_every == 0:
+            state, value, scales = task.tracked_step(state, b.inputs, b.targets)
+            analysis.save(scales, _scales_folder(config) / f"{i}.npz")
+            return state, value
+        return task.step(state, b.inputs, b.targets)
+
+    model = config.model
+    state = train_steps(
+        config.out,
+        task.state,
+        advance,
+        steps=config.steps,
+        checkpoint_every=config.checkpoint_every,
+        name=f"{model.parametrisation} {model.precision}",
+        progress=progress,
+    )
+    nats = ft.partial(task.nats, state)
+    bits = mean_bits(nats, corpus.valid, **size, limit=config.eval_characters)
+    final = {"step": config.steps, "valid_bits": float(bits)}
+    log(config.out, **final)
     if config.track_every:
         scales, steps = read_scales(config.out)
         analysis.report(scales, config.out / "scales.html", steps=steps)
         analysis.timeline(scales, steps).savefig(config.out / "scales.png", dpi=110)
     return final
-
-
-def _train_batch(config: TrainConfig, corpus: Corpus, step: int) -> Batch:
-    return train_batch(
-        corpus.train,
-        step=step,
-        seed=config.seed,
-        batch=config.batch,
-        length=config.length,
-    )
-
-
-def _evaluate(config: TrainConfig, task: Task, state: Any, split: Ids) -> float:
-    """Mean bits per character."""
-    return mean_bits(
-        lambda inputs, targets: task.nats(state, inputs, targets),
-        split,
-        batch=config.batch,
-        length=config.length,
-        limit=config.eval_characters,
-    )
-
-
-def _latest(checkpoints: ocp.CheckpointManager, state: Any) -> tuple[Any, int]:
-    """The last checkpoint and its step, or `state` and 0."""
-    step = checkpoints.latest_step()
-    if step is None:
-        return state, 0
-    leaves, structure = jax.tree.flatten(state)
-    try:
-        leaves = checkpoints.restore(step, args=ocp.args.StandardRestore(leaves))
-    except Exception as e:  # whatever orbax or its storage makes of a broken file
-        raise ValueError(
-            f"the checkpoint {checkpoints.directory / str(step)} cannot be read "
-            f"({type(e).__name__}: {str(e).splitlines()[0]}). Delete that folder to go "
-            "on from the one before it."
-        ) from e
-    return jax.tree.unflatten(structure, leaves), step
-
-
-@contextlib.contextmanager
-def _progress(
-    config: TrainConfig, start: int, show: bool
-) -> Iterator[Callable[[int, float], None]]:
-    """A bar with the loss and the time that is left; yields show(steps done, bits)."""
-    model = config.model
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[bits]:.3f} bits"),
-        TimeRemainingColumn(),
-        disable=not show,
-    )
-    with bar:
-        task = bar.add_task(
-            f"{model.parametrisation} {model.precision}",
-            total=config.steps,
-            completed=start,
-            bits=math.nan,
-        )
-        yield lambda done, bits: bar.update(task, completed=done, bits=bits)
-
-
-def _claim(config: TrainConfig, corpus: Corpus) -> None:
-    """Writes down what this folder holds, or checks that it is the same run."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
-        "data": corpus.name,
-        "vocabulary": "".join(corpus.vocabulary),
-        "fingerprint": corpus.fingerprint,
-    }
-    path = config.out / "config.json"
-    if not path.exists():
-        versions = {"jax": jax.__version__, "python": platform.python_version()}
-        path.write_text(json.dumps(record | versions, indent=1))
-        return
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not JSON: {e}. Delete this folder.") from e
-    for name, value in record.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"`out` {config.out} holds a run of another {name}: "
-                f"{found.get(name)!r}, not {value!r}. Choose another folder, or delete "
-                "this one."
-            )
-
-
-def _log(config: TrainConfig, **metrics: float) -> None:
-    with (config.out / "metrics.jsonl").open("a") as f:
-        f.write(json.dumps(metrics) + "\n")
-
-
-def _forget_after(config: TrainConfig, start: int) -> None:
-    """Drops the metrics of steps that are about to be repeated."""
-    path = config.out / "metrics.jsonl"
-    if path.exists():
-        kept = [r for r in read_metrics(config.out) if r["step"] < start]
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, without a line that a kill cut short."""
-    records = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
 
 
 def _scales_folder(config: TrainConfig) -> Path:

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..char_lm.data import load_corpus, train_batch
 from ..char_lm.model import ModelConfig, Parametrisation
 from ..char_lm.task import Training, make_training, optimiser
-from .picture import Line, Panel, draw
-from .results import NAMES, environment
+from ..shared.data import load_corpus, train_batch
+from ..shared.picture import Line, Panel, draw
+from ..shared.record import environment
+from .results import NAMES
 
 Scales = dict[str, np.ndarray[Any, Any]]
 

@@ -4,19 +4,16 @@
 """
 
 import dataclasses
-import json
 import math
-import platform
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from ..char_lm.model import Parametrisation
-from .picture import Line, Panel, draw
+from ..shared.picture import Line, Panel, draw
+from ..shared.record import read_lines
 
 NAMES: dict[Parametrisation, str] = {
     "regular": "regular (Flax's defaults, Adam)",
@@ -41,56 +38,16 @@ class Run:
         return self.parametrisation, self.width, self.log2_rate, self.seed
 
 
-def environment() -> dict[str, str]:
-    """What a result may depend on."""
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def open_results(path: Path, shared: dict[str, Any]) -> list[Run]:
-    """The runs in the file so far; begins it with what they share, if it is new.
-
-    A line that a kill cut short is dropped, so that the next goes on a line of its own.
-
-    Raises:
-        ValueError: if the file holds runs of another sweep.
-    """
-    shared = json.loads(json.dumps(shared, default=str))
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if not whole:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(shared) + "\n")
-        return []
-    if whole != text:
-        path.write_text(whole)
-    found, runs = read_results(path)
-    for name, value in shared.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"`out` has {path} with runs of another {name}: {found.get(name)!r}, "
-                f"not {value!r}. Choose another folder, or delete the file."
-            )
-    return runs
-
-
-def append(path: Path, runs: Iterable[Run], **about: Any) -> None:
-    """Adds a line for each run, with what is said `about` all of them."""
-    lines = [json.dumps(dataclasses.asdict(run) | about) + "\n" for run in runs]
-    with path.open("a") as f:
-        f.write("".join(lines))
-
-
 def read_results(path: Path) -> tuple[dict[str, Any], list[Run]]:
     """What all runs of a file share, and the runs."""
-    shared, *records = map(json.loads, path.read_text().splitlines())
+    shared, records = read_lines(path)
+    return shared, as_runs(records)
+
+
+def as_runs(records: Iterable[Mapping[str, Any]]) -> list[Run]:
+    """The runs that lines of the file are."""
     names = [field.name for field in dataclasses.fields(Run)]
-    return shared, [Run(**{name: r[name] for name in names}) for r in records]
+    return [Run(**{name: r[name] for name in names}) for r in records]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..char_lm.data import Corpus, eval_batches, load_corpus, train_batch
 from ..char_lm.model import ModelConfig, Parametrisation, Precision
 from ..char_lm.task import make_training, optimiser, warmup_cosine
+from ..shared.data import Corpus, load_corpus, train_batch
+from ..shared.evaluate import mean_bits
 from .results import Run
 
 
@@ -85,7 +86,13 @@ def train_group(
             show(i / settings.steps)
     last = np.array(losses[-max(1, settings.steps // 10) :], np.float64)
     train_bits = last.mean(0) / math.log(2)
-    valid_bits = _evaluate(settings, text, functions, state)
+    valid_bits = mean_bits(
+        ft.partial(functions.nats, state),
+        text.valid,
+        batch=settings.batch,
+        length=settings.length,
+        limit=settings.eval_characters,
+    )
     kinds = (group.parametrisation, group.width)
     return [
         Run(*kinds, log2_rate, group.seed, _finite(valid), _finite(train))
@@ -138,23 +145,6 @@ def _functions(
         jax.jit(jax.vmap(training.step, in_axes=(0, 0, None, None)), donate_argnums=0),
         jax.jit(jax.vmap(training.nats, in_axes=(0, None, None))),
     )
-
-
-def _evaluate(
-    settings: Settings, text: Corpus, functions: _Functions, state: Any
-) -> np.ndarray[Any, Any]:
-    """Mean validation bits per character, [rates]."""
-    total, count = 0.0, 0
-    for b in eval_batches(
-        text.valid,
-        batch=settings.batch,
-        length=settings.length,
-        limit=settings.eval_characters,
-    ):
-        losses = np.asarray(functions.nats(state, b.inputs, b.targets), np.float64)
-        total += losses[:, b.mask].sum(-1)
-        count += int(b.mask.sum())
-    return np.asarray(total / count / math.log(2))
 
 
 def _finite(x: float) -> float | None:

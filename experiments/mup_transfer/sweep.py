@@ -16,7 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from ..char_lm.model import Parametrisation
-from .results import Run, append, environment, open_results, report
+from ..shared.record import append_lines, environment, open_lines
+from .results import Run, as_runs, report
 from .runs import Group, Settings, corpus, flops, train_group
 
 
@@ -57,12 +58,13 @@ def sweep(config: SweepConfig) -> list[Run]:
         "settings": dataclasses.asdict(config.settings),
         "data": corpus(config.settings).fingerprint,
     }
-    runs = open_results(path, shared)
+    runs = as_runs(open_lines(path, shared))
     groups = _missing(config, runs)
     work = [flops(config.settings, group) for group in groups]
     show = Progress(sum(len(g.log2_rates) for g in groups), sum(work))
     for group, new, seconds in _train(config, groups, show):
-        append(path, new, seconds=round(seconds / len(new), 2), **environment())
+        about = {"seconds": round(seconds / len(new), 2), **environment()}
+        append_lines(path, [dataclasses.asdict(run) | about for run in new])
         runs += new
         show.finish(len(new), flops(config.settings, group))
     try:

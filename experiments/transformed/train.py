@@ -13,7 +13,6 @@ import dataclasses
 import functools as ft
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,9 +28,11 @@ from rich.console import Console
 import jax_unit_scaling as jus
 from jax_unit_scaling import analysis
 
-from ..char_lm.data import Batch, Corpus, load_corpus, train_batch
 from ..char_lm.model import ModelConfig, Precision, make_loss, make_model
-from ..char_lm.task import mean_bits, optimiser, warmup_cosine
+from ..char_lm.task import optimiser, warmup_cosine
+from ..shared.data import Batch, Corpus, load_corpus, train_batch
+from ..shared.evaluate import mean_bits
+from ..shared.record import as_json, environment
 
 Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -206,7 +207,7 @@ def train(
             batch=config.batch,
             length=config.length,
             limit=config.eval_characters,
-        )
+        ).item()
         seconds = round(time.perf_counter() - start, 1)
         yield Run(name, log2_rate, seed, round(valid, 5), curve, seconds)
 
@@ -256,11 +257,9 @@ def _batch(config: TransformedConfig, corpus: Corpus, step: int, seed: int) -> B
 
 def _write(config: TransformedConfig, corpus: Corpus, runs: list[Run]) -> None:
     record = {
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "config": as_json(dataclasses.asdict(config)),
         "data": corpus.name,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
+        **environment(),
         "runs": [dataclasses.asdict(run) for run in runs],
     }
     (config.out / "train.json").write_text(json.dumps(record, indent=1))

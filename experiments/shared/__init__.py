@@ -1,0 +1,1 @@
+"""What experiments share: data, evaluation, a training loop, records, pictures."""
