@@ -23,6 +23,7 @@ Reference: FP8 formats for deep learning (Micikevicius et al., 2022); Unit Scali
 (Blake et al., 2023), section 6; munit scaling (Narayan et al., 2025).
 """
 
+import contextlib
 import dataclasses
 import functools as ft
 import math
@@ -379,8 +380,21 @@ def _kernels_apply(x: Array) -> bool:
     XLA partitions none of these kernels over devices. So where there may be several,
     and no `shard_map` has split the work, XLA casts and transposes.
     """
+    if jax.default_backend() != "gpu" or _triton() is None:
+        return False
     whole = x.ndim == 2 and _tile_of(x.shape) is not None
     return whole and (jax.device_count() == 1 or bool(varying(x)))
+
+
+@ft.cache
+def _triton() -> Any:
+    """Pallas's Triton backend: JAX has announced its end, and XLA is the fallback."""
+    # Importing it takes as long as all of this library.
+    with contextlib.suppress(ImportError):
+        from jax.experimental.pallas import triton
+
+        return triton
+    return None
 
 
 def _tile_of(shape: tuple[int, ...]) -> tuple[tuple[int, int], int] | None:
@@ -422,9 +436,7 @@ def transpose(
 def _tiled(
     kernel: Callable[..., None], x: Array, dtype: Any, *, both: bool, interpret: bool
 ) -> Sequence[Array]:
-    # Importing it takes as long as all of this library.
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as pl_triton
 
     (a, b), found = x.shape, _tile_of(x.shape)
     if found is None:
@@ -434,15 +446,21 @@ def _tiled(
     straight = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
     crossed = pl.BlockSpec((columns, rows), lambda i, j: (j, i))
     shapes = [(a, b), (b, a)] if both else [(b, a)]
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=(a // rows, b // columns),
         in_specs=[straight],
         out_specs=[straight, crossed] if both else [crossed],
         out_shape=[_struct(shape, dtype, x) for shape in shapes],
-        compiler_params=pl_triton.CompilerParams(num_warps=warps),
+        compiler_params=_triton().CompilerParams(num_warps=warps),
         interpret=interpret,
-    )(x)
+    )
+    with warnings.catch_warnings():
+        # That end is no news to a caller, who loses nothing by it.
+        warnings.filterwarnings(
+            "ignore", "The Pallas Triton backend", DeprecationWarning
+        )
+        return call(x)  # type: ignore[no-any-return]
 
 
 def _struct(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:

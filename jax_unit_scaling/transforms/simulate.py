@@ -27,6 +27,7 @@ from .._jaxpr import (
     transform,
 )
 from ..formats import E4M3, E5M2, Format, Formats, quantize_bwd, quantize_fwd
+from ..fp8 import SCOPE
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
@@ -150,9 +151,16 @@ def _products(region: Region, inside: str) -> Iterator[Product]:
 
 
 def _is_product(equation: Equation) -> bool:
-    return equation.primitive in PRODUCTS and all(
-        jnp.issubdtype(aval.dtype, jnp.floating) and jnp.finfo(aval.dtype).bits >= 16
-        for aval in equation.in_avals[:2]
+    # A native product has its formats already.
+    native = SCOPE in equation.scope
+    return (
+        equation.primitive in PRODUCTS
+        and not native
+        and all(
+            jnp.issubdtype(aval.dtype, jnp.floating)
+            and jnp.finfo(aval.dtype).bits >= 16
+            for aval in equation.in_avals[:2]
+        )
     )
 
 

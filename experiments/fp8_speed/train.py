@@ -1,0 +1,190 @@
+"""A whole training step at a billion parameters, and a run of some hundred of them.
+
+`python -m experiments.fp8_speed.train`: a byte-pair language model on real text, remat
+of every block, float32 parameters, AdamW; the same data and rate for both precisions.
+"""
+
+import dataclasses
+import functools as ft
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import jax_unit_scaling as jus
+
+from ..shared.data import Ids, load_corpus, train_batch
+from ..shared.record import environment
+from .model import NAMES, Kind, LanguageModel, Size
+from .run import FIGURES
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """By default what the figures show."""
+
+    size: Size = Size(width=2048, hidden=7168, head_size=128, depth=16, batch=8)
+    vocabulary: int = 32768
+    data: Path | None = None
+    kinds: tuple[Kind, ...] = ("bf16", "bf16 unit", "fp8 unit")
+    steps: int = 300
+    plain_steps: int = 40
+    rate: float = 2**-1
+    plain_rate: float = 3e-4
+    warmup: int = 50
+    weight_decay: float = 2**-13
+    seed: int = 0
+    out: Path = FIGURES / "train.json"
+
+
+def tokens(data: Path | None, vocabulary: int) -> Ids:
+    """The training text as ids of a byte-pair encoding that is trained on it.
+
+    Raises:
+        ImportError: without the package `tokenizers`.
+    """
+    try:
+        import tokenizers  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as e:
+        raise ImportError("this needs `pip install tokenizers`.") from e
+    corpus = load_corpus(data, "bytes")
+    text = corpus.train.astype(np.uint8).tobytes().decode()
+    lines = text.splitlines(keepends=True)
+    encoder = tokenizers.ByteLevelBPETokenizer()
+    encoder.train_from_iterator(lines, vocab_size=vocabulary, show_progress=False)
+    pieces = ["".join(lines[i : i + 256]) for i in range(0, len(lines), 256)]
+    ids = [np.asarray(x.ids, np.int32) for x in encoder.encode_batch(pieces)]
+    return np.concatenate(ids)
+
+
+def _optimiser(config: TrainConfig, kind: Kind) -> optax.GradientTransformation:
+    plain = kind == "bf16"
+    peak = config.plain_rate if plain else config.rate
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup, config.steps)
+    if plain:
+        return optax.adamw(rate, weight_decay=0.1)
+    return jus.optim.adamw(rate, weight_decay=config.weight_decay)
+
+
+def _train(config: TrainConfig, kind: Kind, ids: Ids) -> dict[str, Any]:
+    model = LanguageModel(config.size, kind, config.vocabulary)
+    optimiser = _optimiser(config, kind)
+    loss_of = jus.cross_entropy if kind != "bf16" else _plain_loss
+
+    def initial(key: jax.Array) -> Any:
+        params = model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
+        return params, optimiser.init(params)
+
+    @ft.partial(jus.jit, donate_argnums=0)
+    def step(state: Any, inputs: jax.Array, targets: jax.Array) -> Any:
+        params, opt_state = state
+
+        def loss(params: Any) -> jax.Array:
+            logits: Any = model.apply({"params": params}, inputs)
+            return loss_of(logits, targets)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimiser.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    state = jax.jit(initial)(jax.random.key(config.seed))
+    count = sum(x.size for x in jax.tree.leaves(state[0]))
+
+    def batch(i: int) -> tuple[Any, Any]:
+        size = config.size
+        b = train_batch(
+            ids, step=i, seed=config.seed, batch=size.batch, length=size.length
+        )
+        return b.inputs, b.targets
+
+    start = time.perf_counter()
+    program = step.lower(state, *batch(0)).compile()
+    compile_s = time.perf_counter() - start
+    products = jus.compiled.read(program.as_text())
+    losses, times = [], []
+    steps = config.plain_steps if kind == "bf16" else config.steps
+    for i in range(steps):
+        inputs = batch(i)
+        start = time.perf_counter()
+        state, value = program(state, *inputs)
+        losses.append(float(value))
+        times.append(time.perf_counter() - start)
+        if i % 50 == 0 or i + 1 == steps:
+            print(f"{kind}: step {i}, loss {losses[-1]:.4f} nats", file=sys.stderr)
+    seconds = statistics.median(times[5:] or times)
+    return {
+        "losses": losses,
+        "step_ms": seconds * 1e3,
+        "tokens_per_s": config.size.batch * config.size.length / seconds,
+        "parameters": count,
+        "compile_s": compile_s,
+        "fp8": sum(p.is_fp8 for p in products),
+        "products": len(products),
+        "temporary_gib": program.memory_analysis().temp_size_in_bytes / 2**30,
+    }
+
+
+def _plain_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    wide = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(wide, targets).mean()
+
+
+def _smoothed(losses: list[float], window: int = 20) -> np.ndarray[Any, Any]:
+    window = min(window, len(losses))
+    return np.convolve(losses, np.ones(window) / window, "valid")
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for kind in ("bf16 unit", "fp8 unit"):
+        if kind in result["runs"]:
+            smooth = _smoothed(result["runs"][kind]["losses"])
+            axes.plot(smooth / math.log(2), label=NAMES[kind].replace("`", ""))
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss, bits per token (mean of 20 steps)")
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains each kind in turn, saves after each, and draws the losses."""
+    ids = tokens(config.data, config.vocabulary)
+    print(f"{len(ids)} tokens", file=sys.stderr)
+    result: dict[str, Any] = {
+        **environment(),
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "tokens": len(ids),
+        "runs": {},
+    }
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    for kind in config.kinds:
+        result["runs"][kind] = _train(config, kind, ids)
+        config.out.write_text(json.dumps(result, indent=1) + "\n")
+    _draw(result, config.out.with_suffix(".svg"))
+    for kind, run in result["runs"].items():
+        last = statistics.mean(run["losses"][-20:])
+        print(
+            f"{kind}: {run['tokens_per_s']:.0f} tokens/s, {run['step_ms']:.1f} ms, last "
+            f" 20 losses {last:.4f}, {run['fp8']} of {run['products']} in FP8, "
+            f"{run['parameters'] / 1e6:.0f}M parameters"
+        )
+    return result
+
+
+if __name__ == "__main__":
+    import tyro
+
+    train(tyro.cli(TrainConfig))
