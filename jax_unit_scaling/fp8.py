@@ -446,7 +446,7 @@ def _tiled(
     straight = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
     crossed = pl.BlockSpec((columns, rows), lambda i, j: (j, i))
     shapes = [(a, b), (b, a)] if both else [(b, a)]
-    call = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=(a // rows, b // columns),
         in_specs=[straight],
@@ -454,13 +454,7 @@ def _tiled(
         out_shape=[_struct(shape, dtype, x) for shape in shapes],
         compiler_params=_triton().CompilerParams(num_warps=warps),
         interpret=interpret,
-    )
-    with warnings.catch_warnings():
-        # That end is no news to a caller, who loses nothing by it.
-        warnings.filterwarnings(
-            "ignore", "The Pallas Triton backend", DeprecationWarning
-        )
-        return call(x)  # type: ignore[no-any-return]
+    )(x)
 
 
 def _struct(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:

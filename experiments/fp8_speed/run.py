@@ -152,10 +152,7 @@ def _sweep(config: SpeedConfig) -> list[dict[str, Any]]:
                 width, width * 7 // 2, min(128, width // 2), 1, tokens // length, length
             )
             builds: dict[str, tuple[Build, Any]] = {
-                NAMES[kind]: (
-                    lambda s=size, k=kind: models.forward_backward(s, k),
-                    None,
-                )
+                NAMES[kind]: (ft.partial(models.forward_backward, size, kind), None)
                 for kind in ("bf16", "bf16 unit", "fp8 unit")
             }
             times, _ = _measure(

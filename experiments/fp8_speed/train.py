@@ -78,7 +78,9 @@ def _optimiser(config: TrainConfig, kind: Kind) -> optax.GradientTransformation:
     return jus.optim.adamw(rate, weight_decay=config.weight_decay)
 
 
-def _train(config: TrainConfig, kind: Kind, ids: Ids) -> dict[str, Any]:
+def training_step(config: TrainConfig, kind: Kind) -> tuple[Any, Any]:
+    """A step (state, inputs, targets) -> (state, loss), and a function of a key that
+    gives the state to begin with."""
     model = LanguageModel(config.size, kind, config.vocabulary)
     optimiser = _optimiser(config, kind)
     loss_of = jus.cross_entropy if kind != "bf16" else _plain_loss
@@ -99,7 +101,12 @@ def _train(config: TrainConfig, kind: Kind, ids: Ids) -> dict[str, Any]:
         updates, opt_state = optimiser.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), value
 
-    state = jax.jit(initial)(jax.random.key(config.seed))
+    return step, jax.jit(initial)
+
+
+def _train(config: TrainConfig, kind: Kind, ids: Ids) -> dict[str, Any]:
+    step, initial = training_step(config, kind)
+    state = initial(jax.random.key(config.seed))
     count = sum(x.size for x in jax.tree.leaves(state[0]))
 
     def batch(i: int) -> tuple[Any, Any]:
@@ -177,9 +184,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     for kind, run in result["runs"].items():
         last = statistics.mean(run["losses"][-20:])
         print(
-            f"{kind}: {run['tokens_per_s']:.0f} tokens/s, {run['step_ms']:.1f} ms, last "
-            f" 20 losses {last:.4f}, {run['fp8']} of {run['products']} in FP8, "
-            f"{run['parameters'] / 1e6:.0f}M parameters"
+            f"{kind}: {run['tokens_per_s']:.0f} tokens/s, step {run['step_ms']:.1f} ms,"
+            f" last 20 losses {last:.4f}, {run['fp8']} of {run['products']} products in"
+            f" FP8, {run['parameters'] / 1e6:.0f}M parameters"
         )
     return result
 
