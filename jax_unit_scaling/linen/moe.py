@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from ..layers.linear import options_of
 from ..layers.transformer import feed_forward
-from ..op import AxisName
+from ..op import AxisName, check_bound
 from ..ops.activation import silu_glu
 from ..ops.contraction import ragged_dot
 from ..ops.moe import RouterLosses, mixture_of_experts
@@ -93,6 +93,7 @@ class MoE(Scaled):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> tuple[jax.Array, RouterLosses]:
+        check_bound("model_axis_name", named(self).model_axis_name)
         return mixture_of_experts(
             self._route,
             self._apply_experts,
