@@ -75,6 +75,8 @@ class MoE(Scaled):
         activation, gated, model_axis_name: as in `MLP`, of every expert.
         formats, constraint, batch_axis_name and the rest: as in `Dense`.
 
+    Of several devices see the NNX one: there is no expert parallelism.
+
     Reference: Mixtral (Jiang et al., 2024), for the function; `mixture_of_experts` for
     its factors.
     """

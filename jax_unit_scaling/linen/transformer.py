@@ -14,7 +14,6 @@ from ..layers.linear import options_of
 from ..layers.transformer import (
     ResidualRule,
     block_taus,
-    check_stack,
     feed_forward,
     pre_norm,
 )
@@ -404,7 +403,6 @@ class TransformerStack(Checked):
         deterministic: bool | None = None,
     ) -> jax.Array:
         """`mask` and `deterministic` are each block's own."""
-        check_stack(self.depth)
         kind = nn.remat(TransformerBlock) if self.remat else TransformerBlock
         # As a field: `nn.remat` would trace an argument.
         options: dict[str, Any] = dict(self.block or {})

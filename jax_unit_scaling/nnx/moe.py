@@ -99,6 +99,13 @@ class MoE(nnx.Module):
         activation, gated, model_axis_name: as in `MLP`, of every expert.
         formats, constraint, batch_axis_name and the rest: as in `Linear`.
 
+    Every device that has some of the tokens needs all experts, whole or their hidden
+    features in pieces (`model_axis_name`). Expert parallelism, whole experts on
+    different devices and an all-to-all that brings them their tokens, is not provided.
+    Kernels whose first axis, the experts', is sharded under `jit` make the same update,
+    and each device stores its experts alone; but XLA sends it all rows to do so, and
+    adds up the results.
+
     Reference: Mixtral (Jiang et al., 2024), for the function; `mixture_of_experts` for
     its factors.
     """

@@ -13,7 +13,7 @@ from ..arguments import checked
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
 from ..layers.attention import SOW_WEIGHTS, Attention, Cache
-from ..layers.transformer import block_taus, check_stack, feed_forward, pre_norm
+from ..layers.transformer import block_taus, feed_forward, pre_norm
 from ..op import AxisName, axis_names, check_bound
 from ..ops.activation import silu_glu
 from .depth import set_depth
@@ -390,7 +390,6 @@ class TransformerStack(nnx.Module):
         rngs: nnx.Rngs,
         **block: Any,
     ):
-        check_stack(depth)
         self.remat = remat
         self.blocks = nnx.List(
             TransformerBlock(
