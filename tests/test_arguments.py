@@ -53,7 +53,8 @@ WRONG = {
     **_all(METADATA, "mine", 1),
     **_all("dtype param_dtype lora_dtype lora_param_dtype", int, "float99"),
     **_all("preferred_element_type", int, "float99"),
-    **_all("num_heads num_kv_heads num_experts num_selected", 0, -1, 1.5, "8"),
+    **_all("num_heads num_kv_heads num_experts", 0, -1, 1.5, "8"),
+    **_all("num_selected", 0, 9, 1.5, "8"),
     **_all("num_groups group_size num_embeddings kernel_size", 0, -1, 1.5, "8"),
     **_all("feature_group_count lora_rank tied length unroll depth", 0, 1.5, "8"),
     **_all("features in_features out_features hidden_features", -1, 1.5, "8"),
@@ -66,7 +67,7 @@ WRONG = {
     **_all("axis_name batch_axis_name in_axis_name out_axis_name", 1.5, "unbound"),
     **_all("model_axis_name vocabulary_axis_name", 1.5, "unbound"),
     **_all("axis reduction_axes feature_axes batch_dims broadcast_dims", 7, "a", 1.5),
-    **_all("strides kernel_dilation input_dilation", 0, "a"),
+    **_all("strides kernel_dilation input_dilation", 0, "a", (1, 1)),
     **_all("padding", "EXACT", 1.5),
     **_all("local_window_size", -1, "a", (1, 2, 3)),
     **_all("formats", "fp8", jus.E4M3),
@@ -78,6 +79,7 @@ WRONG = {
     **_all("bias_shape", "a", (1.5,)),
     **_all("cell forward_rnn backward_rnn layer_instance", 1, "a"),
     **_all("block batch_axis", "a", 1),
+    "no_such_option": (1,),
 }
 UNCHECKED = {
     **_all("precision axis_index_groups", "JAX's own, handed on as they are"),
@@ -235,14 +237,14 @@ def test_each_wrong_argument_is_refused_by_name(family, name):
     _, arguments, run = FAMILIES[family]
     jax.eval_shape(lambda: run(name))  # which nothing is wrong with
     failed = []
-    for option in sorted(arguments(name) & {*WRONG}):
+    for option in sorted((arguments(name) | {"no_such_option"}) & {*WRONG}):
         also = WITH.get(option, {})
         also = {k: v for k, v in also.items() if k in arguments(name)}
         for wrong in WRONG[option]:
             try:
                 jax.eval_shape(lambda o={**also, option: wrong}: run(name, **o))
             except (TypeError, ValueError) as e:
-                if not re.search(rf"`{option}\b", str(e)):
+                if not re.search(rf"[`']{option}\b", str(e)):
                     failed.append(f"{option}={wrong!r}: {type(e).__name__}: {e}")
             except Exception as e:
                 failed.append(f"{option}={wrong!r}: {e!r}")
