@@ -113,7 +113,7 @@ def check_fields(instance: Any) -> None:
         check(getattr(instance, check.name, check.default))
 
 
-@ft.cache
+@ft.lru_cache(maxsize=256)  # `nn.remat` and the like make classes without end
 def _field_checks(kind: Any) -> tuple[Check, ...]:
     fields = [f for f in dataclasses.fields(kind) if f.init]
     written = any(isinstance(f.type, str) for f in fields)
