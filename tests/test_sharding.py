@@ -575,19 +575,19 @@ def test_layers_in_pieces_compute_what_the_whole_does(module):
 def test_linen_layers_in_pieces_compute_what_the_whole_does(module):
     from flax import linen as nn
 
-    b = nn.initializers.normal(1.0)
+    init = nn.initializers.normal(1.0)
     L = jus.linen
 
     def layer(**names):
         match module:
             case "Dense":
-                return L.Dense(24, bias_init=b, **names)
+                return L.Dense(24, bias_init=init, **names)
             case "DenseGeneral":
-                return L.DenseGeneral((24,), bias_init=b, **names)
+                return L.DenseGeneral((24,), bias_init=init, **names)
             case "Einsum":
-                return L.Einsum((16, 24), "bi,io->bo", bias_init=b, **names)
+                return L.Einsum((16, 24), "bi,io->bo", bias_init=init, **names)
             case _:
-                return L.LoRADense(24, lora_rank=4, b_initializer=b, **names)
+                return L.LoRADense(24, lora_rank=4, b_initializer=init, **names)
 
     def run(params, x, **names):
         return layer(**names).apply({"params": params}, x)
