@@ -7,8 +7,9 @@ import inspect
 import math
 import numbers
 import types
+import typing
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, Protocol, TypeVar, Union, cast, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ class Check:
 
         Raises:
             TypeError: if it is not what the signature says, by the argument's name.
-            ValueError: if it is not finite.
+            ValueError: if it is not finite, or none of those that its name stands for.
         """
         if self.many:
             one = dataclasses.replace(self, many=False)
@@ -67,27 +68,66 @@ class Check:
             raise ValueError(
                 f"`{self.name}` must be finite, got {value}: pass a finite number."
             )
+        _check_value(self.name, value)
         plain = isinstance(value, np.generic) and not self.is_array
         return value.item() if plain else value
 
 
-def checked(f: F) -> F:
-    """`f`, whose arguments are first checked against its annotations."""
-    signature = inspect.signature(f)
-    checks = checks_of(signature, but=())
+def checked(f: F, but: Sequence[str] = ()) -> F:
+    """`f`, whose arguments, `but` for some, are first checked against its annotations.
+
+    What it hands on as `**more` is checked where it arrives: of a module's constructor
+    by `checked(super().__init__)(...)`, whose annotations are its namesake's.
+    """
+    signature = inspect.signature(f, eval_str=True)
+    checks = checks_of(signature, but)
 
     @ft.wraps(f)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as e:
-            raise TypeError(f"{f.__name__}{signature}: {e}.") from None
+            said = str(e).replace("'", "`")
+            raise TypeError(f"{f.__qualname__}{_brief(signature)}: {said}.") from None
         for check in checks:
             if check.name in bound.arguments:
                 bound.arguments[check.name] = check(bound.arguments[check.name])
         return f(*bound.args, **bound.kwargs)
 
     return cast(F, call)
+
+
+def _brief(signature: inspect.Signature) -> inspect.Signature:
+    """Without its annotations, which would hide the names of a constructor's."""
+    plain = [
+        p.replace(annotation=inspect.Parameter.empty)
+        for p in signature.parameters.values()
+    ]
+    return inspect.Signature(plain)
+
+
+def check_fields(instance: Any) -> None:
+    """Checks the fields of a dataclass against its annotations, its bases' too."""
+    kind: Any = type(instance)
+    for check in _field_checks(kind):
+        check(getattr(instance, check.name, check.default))
+
+
+@ft.lru_cache(maxsize=256)  # `nn.remat` and the like make classes without end
+def _field_checks(kind: Any) -> tuple[Check, ...]:
+    fields = [f for f in dataclasses.fields(kind) if f.init]
+    written = any(isinstance(f.type, str) for f in fields)
+    hints = typing.get_type_hints(kind) if written else {}
+    parameters = [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=f.default,
+            annotation=hints.get(f.name, f.type),
+        )
+        for f in fields
+    ]
+    return checks_of(inspect.Signature(parameters), but=())
 
 
 def checks_of(signature: inspect.Signature, but: Sequence[str]) -> tuple[Check, ...]:
@@ -103,8 +143,12 @@ def _check(parameter: inspect.Parameter) -> Check | None:
     others = [m for m in members if not _is_array(m)]
     predicates = [_predicate(m) for m in others]
     known = [p for p in predicates if p is not None]
-    if parameter.kind is parameter.VAR_KEYWORD or len(known) < len(predicates):
+    if parameter.kind is parameter.VAR_KEYWORD:
         return None
+    if len(known) < len(predicates):
+        if parameter.name not in _VALUES:
+            return None
+        known = [lambda x: True]
     return Check(
         parameter.name,
         parameter.default,
@@ -125,9 +169,14 @@ def _is_union(annotation: Any) -> bool:
 
 
 def _words(annotation: Any) -> str:
-    plain = {int: "an integer", float: "a Python number", type(None): "None"}
+    plain = {int: "an integer", float: "a Python number", bool: "True or False"}
+    plain[type(None)] = "None"
     if annotation in plain:
         return plain[annotation]
+    if get_origin(annotation) is collections.abc.Callable:
+        return "a function"
+    if get_origin(annotation) is collections.abc.Mapping:
+        return "a mapping"
     if isinstance(annotation, type) and not get_args(annotation):
         return annotation.__name__
     return str(annotation).replace("collections.abc.", "")
@@ -150,6 +199,8 @@ def _predicate(annotation: Any) -> Predicate | None:
         )
     if origin is collections.abc.Callable:
         return callable
+    if origin is collections.abc.Mapping:
+        return lambda x: isinstance(x, collections.abc.Mapping)
     if annotation in _NUMBERS:
         kind = _NUMBERS[annotation]
         return lambda x: isinstance(x, kind) and not isinstance(x, bool)
@@ -158,6 +209,8 @@ def _predicate(annotation: Any) -> Predicate | None:
     unsaid = annotation in (inspect.Parameter.empty, Any)  # `Any` is a class
     if unsaid or not isinstance(annotation, type):
         return None
+    if Protocol in annotation.__bases__:  # which says how a function is called
+        return callable
     return lambda x: isinstance(x, annotation)
 
 
@@ -179,6 +232,64 @@ def _described(value: Any) -> str:
     if isinstance(value, jax.core.Tracer):
         return "a value that is being traced"
     return repr(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Values:
+    """What an argument may be, on top of its type: in words, and each number of it."""
+
+    expected: str
+    fits: Predicate
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
+
+
+_COUNT = _Values("1 or more", lambda n: n >= 1)
+_SIZE = _Values("0 or more", lambda n: n >= 0)
+_SHARE = _Values("from 0 to 1", lambda x: 0 <= x <= 1)
+_FACTOR = _Values("finite and positive", lambda x: 0 < x < math.inf)
+_FUNCTION = _Values("a function", callable)
+_DTYPE = _Values("None or a floating-point dtype", _is_floating)
+
+# A name stands for the same in all functions and modules, Flax's own arguments too.
+_VALUES: dict[str, _Values] = {
+    name: values
+    for values, names in (
+        (
+            _COUNT,
+            "num_heads num_kv_heads num_groups group_size num_experts num_selected "
+            "num_embeddings kernel_size feature_group_count depth lora_rank tied "
+            "length unroll",
+        ),
+        (
+            _SIZE,
+            "features in_features out_features hidden_features num_features "
+            "qkv_features in_kv_features epsilon index n_steps",
+        ),
+        (_SHARE, "rate dropout_rate momentum"),
+        (_FACTOR, "output_scale logits_scale mult rotary_base"),
+        (_DTYPE, "dtype param_dtype lora_dtype lora_param_dtype"),
+        (_DTYPE, "preferred_element_type"),
+        (_FUNCTION, "promote_dtype lora_promote_dtype conv_general_dilated_cls"),
+        (_FUNCTION, "dot_general_cls qkv_dot_general_cls out_dot_general_cls"),
+    )
+    for name in names.split()
+}
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Refuses, by a ValueError, what the name of an argument does not stand for."""
+    values = _VALUES.get(name)
+    if values is None or value is None:
+        return
+    each = value if _is_sequence(value) else (value,)
+    if not all(map(values.fits, each)):
+        raise ValueError(f"`{name}` must be {values.expected}, got {value!r}.")
 
 
 def check_key(name: str, key: Any) -> None:

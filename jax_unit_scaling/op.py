@@ -322,8 +322,19 @@ def _size(names: AxisName | None) -> int:
 
 
 def check_bound(option: str, names: AxisName | None) -> None:
-    """Refuses, by a ValueError, the name of an axis that nothing around has."""
-    for name in axis_names(names):
+    """Refuses the name of an axis that nothing around has.
+
+    Raises:
+        TypeError: if it is no name, nor a tuple of names.
+        ValueError: if there is no such axis.
+    """
+    each = axis_names(names)
+    if not (isinstance(each, tuple) and all(isinstance(n, str) for n in each)):
+        raise TypeError(
+            f"`{option}` must be None, the name of an axis or a tuple of names, got "
+            f"{names!r}."
+        )
+    for name in each:
         try:
             lax.axis_size(name)
         except NameError:

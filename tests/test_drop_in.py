@@ -1,5 +1,8 @@
 """Every exported module is a drop-in for its `flax.nnx` namesake, in both NNX modes.
 
+Graph and tree mode are set by Flax's own contexts, so one process has both; for Linen
+see test_linen.py.
+
 Driven by the exports and by the namesakes' signatures: a new module, or a new argument
 of a namesake, fails with what to add to `ENTRIES`.
 """
@@ -321,6 +324,28 @@ ENTRIES = {
         | _metadata("a", "b"),
     ),
 }
+# Those without a namesake.
+OWN = {
+    "LinearReadout": Entry({"in_features": 8, "out_features": 8}),
+    "MLP": Entry({"in_features": 8, "hidden_features": 8}),
+    "MoE": Entry(
+        {"in_features": 8, "hidden_features": 8, "num_experts": 4},
+        call=lambda _: (X,),  # not over examples: lax maps no `ragged_dot` so
+    ),
+    "ExpertLinear": Entry(
+        {"num_experts": 2, "in_features": 8, "out_features": 8},
+        call=lambda _: (X[0], jnp.array([2, 4])),
+    ),
+    "RecurrentHighwayCell": Entry(
+        {"in_features": 8, "hidden_features": 8}, {}, _stepped
+    ),
+    "TransformerBlock": Entry(
+        {"features": 8, "num_heads": 2, "hidden_features": 8, "index": 0, "depth": 1}
+    ),
+    "TransformerStack": Entry(
+        {"features": 8, "num_heads": 2, "hidden_features": 8, "depth": 2}
+    ),
+}
 NAMESAKES = {
     name: (getattr(jus.nnx, name), getattr(nnx, name))
     for name in dir(jus.nnx)
@@ -357,16 +382,16 @@ def _build(modules, name, **options):
     rngs = nnx.Rngs(0)
     sizes = {
         k: v(modules, rngs) if callable(v) else v
-        for k, v in ENTRIES[name].sizes.items()
+        for k, v in (ENTRIES | OWN)[name].sizes.items()
     }
     kind = getattr(modules, name)
-    arguments = inspect.signature(getattr(nnx, name).__init__).parameters
+    arguments = inspect.signature(getattr(nnx, name, kind).__init__).parameters
     shared = {"rngs": rngs} if "rngs" in arguments else {}
     return kind(**(sizes | shared | options))
 
 
 def _call(module, name):
-    arguments = ENTRIES[name].call
+    arguments = (ENTRIES | OWN)[name].call
     return module(*(arguments(module) if callable(arguments) else arguments))
 
 
@@ -400,6 +425,9 @@ MODES = pytest.mark.parametrize("mode", ["graph", "tree"])
 
 
 def test_every_namesake_and_every_argument_is_tried():
+    classes = {n: kind for n, kind in vars(jus.nnx).items() if inspect.isclass(kind)}
+    modules = {n for n, kind in classes.items() if issubclass(kind, nnx.Module)}
+    assert {*OWN} == modules - {*NAMESAKES}
     missing = [n for n in NAMESAKES if n not in ENTRIES]
     lines = "".join(f'\n    "{n}": Entry({{...}}, {{...}}),' for n in missing)
     assert not missing, f"add to ENTRIES:{lines}"
@@ -517,15 +545,15 @@ def _stacked(name):
 
 
 @MODES
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", [*ENTRIES, *OWN])
 def test_modules_work_under_every_transformation(name, mode):
     """Traced alone: what NNX objects to, it objects to while tracing."""
     with _mode(mode):
         module = _build(jus.nnx, name)
 
         def loss(module):
-            y = jax.tree.leaves(_call(module, name))[-1]
-            return jnp.sum(y.astype(jnp.float32) ** 2)
+            outputs = jax.tree.leaves(_call(module, name))
+            return sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in outputs)
 
         nnx.eval_shape(nnx.jit(loss), module)
         graph, params, rest = nnx.split(module, nnx.Param, ...)
@@ -553,9 +581,10 @@ def test_modules_work_under_every_transformation(name, mode):
         def of_examples(params, rest, x):
             return nnx.merge(graph, params, rest, copy=True)(x)
 
-        if ENTRIES[name].call is FLOATS:
+        if (ENTRIES | OWN)[name].call is FLOATS:
             mapped = jax.vmap(of_examples, in_axes=(None, None, 0))
-            assert jax.eval_shape(mapped, params, rest, X[:, None]).shape[0] == 4
+            outputs = jax.eval_shape(mapped, params, rest, X[:, None])
+            assert all(y.shape[0] == 4 for y in jax.tree.leaves(outputs))
 
 
 SCANNED = ("Linear", "Conv", "LayerNorm", "BatchNorm", "Dropout", "LoRALinear")

@@ -661,7 +661,6 @@ def test_decoding_does_not_depend_on_how_a_sequence_is_cut():
             X,
             "`decode` must be False",
         ),
-        (L.TransformerStack(4, 8, 0), X, "`depth` must be 1"),
     ],
 )
 def test_what_is_not_supported_says_so(module, x, message):
@@ -689,30 +688,6 @@ def test_a_call_that_is_not_supported_says_so():
     norm = L.SpectralNorm(L.Conv(8, (3,)), error_on_non_matrix=True)
     with pytest.raises(ValueError, match="`error_on_non_matrix` refuses"):
         init(norm, X, update_stats=True)
-
-
-BAD = {
-    "Dense": lambda **bad: L.Dense(8, **bad),
-    "Einsum": lambda **bad: L.Einsum((8, 8), "...a,ab->...b", **bad),
-    "Conv": lambda **bad: L.Conv(8, 3, **bad),
-    "LoRA": lambda **bad: L.LoRA(2, 8, **bad),
-    "Embed": lambda **bad: L.Embed(8, 8, **bad),
-    "nnx.Linear": lambda **bad: N.Linear(8, 8, rngs=nnx.Rngs(0), **bad),
-    "nnx.Conv": lambda **bad: N.Conv(8, 8, 3, rngs=nnx.Rngs(0), **bad),
-    "nnx.LoRA": lambda **bad: N.LoRA(8, 2, 8, rngs=nnx.Rngs(0), **bad),
-    "nnx.Embed": lambda **bad: N.Embed(8, 8, rngs=nnx.Rngs(0), **bad),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_an_output_scale_is_checked_when_the_module_is_built(name):
-    with pytest.raises(ValueError, match="`output_scale` must be finite and positive"):
-        BAD[name](output_scale=-1.0)
-    if "Embed" in name:
-        with pytest.raises(ValueError, match="`logits_scale` must be finite"):
-            BAD[name](logits_scale=0.0)
-        with pytest.raises(ValueError, match="`tied` must be None or the positions"):
-            BAD[name](tied=0)
 
 
 # -- What NNX has not, or not in this form ---------------------------------------------

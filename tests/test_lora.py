@@ -85,5 +85,5 @@ def test_adapters_take_every_argument_and_parameter_of_their_namesake(name):
 
 
 def test_a_base_that_cannot_be_called_is_refused():
-    with pytest.raises(ValueError, match="`base_module` must be callable, got a"):
+    with pytest.raises(TypeError, match="`base_module` must be a function or None"):
         jus.nnx.LoRA(6, 2, 4, base_module=nnx.Module(), rngs=nnx.Rngs(0))

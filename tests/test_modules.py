@@ -229,12 +229,6 @@ def test_both_gradients_of_a_tied_table_have_the_same_scale_and_their_sum_is_one
     np.testing.assert_allclose(total, 1, atol=0.1)
 
 
-@pytest.mark.parametrize("tied", [0, True, -4])
-def test_tied_must_be_a_count(tied):
-    with pytest.raises(ValueError, match="`tied` must be None or the positions"):
-        jus.nnx.Embed(4, 4, tied=tied, rngs=nnx.Rngs(0))
-
-
 def test_both_directions_have_unit_scale():
     cells = [jus.nnx.GRUCell(32, 64, rngs=nnx.Rngs(i)) for i in range(2)]
     rnns = [jus.nnx.RNN(cell, rngs=nnx.Rngs(0)) for cell in cells]

@@ -575,19 +575,19 @@ def test_layers_in_pieces_compute_what_the_whole_does(module):
 def test_linen_layers_in_pieces_compute_what_the_whole_does(module):
     from flax import linen as nn
 
-    b = nn.initializers.normal(1.0)
+    init = nn.initializers.normal(1.0)
     L = jus.linen
 
     def layer(**names):
         match module:
             case "Dense":
-                return L.Dense(24, bias_init=b, **names)
+                return L.Dense(24, bias_init=init, **names)
             case "DenseGeneral":
-                return L.DenseGeneral((24,), bias_init=b, **names)
+                return L.DenseGeneral((24,), bias_init=init, **names)
             case "Einsum":
-                return L.Einsum((16, 24), "bi,io->bo", bias_init=b, **names)
+                return L.Einsum((16, 24), "bi,io->bo", bias_init=init, **names)
             case _:
-                return L.LoRADense(24, lora_rank=4, b_initializer=b, **names)
+                return L.LoRADense(24, lora_rank=4, b_initializer=init, **names)
 
     def run(params, x, **names):
         return layer(**names).apply({"params": params}, x)
@@ -750,65 +750,90 @@ def test_a_vocabulary_in_pieces_has_the_loss_and_gradients_of_the_whole(family, 
     assert np.isnan(bad)
 
 
-@pytest.mark.parametrize("family", ["nnx", "linen"])
+# The axis that an expert's hidden features are split over, inside `shard_map`.
+SPLIT_HIDDEN = {
+    "up": P(None, None, "model"),
+    "gate": P(None, None, "model"),
+    "down": P(None, "model"),
+}
+
+
 @on_eight_devices
-def test_experts_whose_hidden_features_are_split_compute_what_the_whole_do(family):
+def test_linen_experts_whose_hidden_features_are_split_compute_what_the_whole_do():
     x = jax.random.normal(jax.random.key(1), (24, 16))
 
-    def nnx_layer(**names):
-        return jus.nnx.MoE(16, 32, 4, rngs=nnx.Rngs(0), **names)
-
     def run(params, x, **names):
-        if family == "linen":
-            y, losses = jus.linen.MoE(32, 4, **names).apply({"params": params}, x)
-        else:
-            graph = nnx.graphdef(nnx.eval_shape(lambda: nnx_layer(**names)))
-            y, losses = nnx.merge(graph, params)(x)
+        y, losses = jus.linen.MoE(32, 4, **names).apply({"params": params}, x)
         return jnp.sum(jnp.sin(y)) + losses.load_balance + losses.z_loss
 
-    if family == "linen":
-        params = jus.linen.MoE(32, 4).init(jax.random.key(0), x)["params"]
-    else:
-        params = nnx.state(nnx_layer())
-    by_name = {
-        "up": P(None, None, "m"),
-        "gate": P(None, None, "m"),
-        "down": P(None, "m"),
-    }
+    params = jus.linen.MoE(32, 4).init(jax.random.key(0), x)["params"]
+    specs = _specs(lambda path, _: SPLIT_HIDDEN.get(path[-2], P()), params)
     mapped = jax.shard_map(
-        ft.partial(run, model_axis_name="m"),
-        mesh=_mesh(m=4),
-        in_specs=(_specs(lambda path, _: by_name.get(path[-2], P()), params), P()),
+        ft.partial(run, model_axis_name="model"),
+        mesh=_mesh(model=4),
+        in_specs=(specs, P()),
         out_specs=P(),
     )
     want, got = (jax.jit(jax.value_and_grad(f))(params, x) for f in (run, mapped))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    _assert_close(got, want)
 
 
-@on_eight_devices
-def test_a_mixture_of_experts_on_a_split_batch_is_that_on_the_whole():
-    def layer(**names):
-        return jus.nnx.MoE(16, 32, 4, rngs=nnx.Rngs(0), **names)
+def _moe(**names):
+    return jus.nnx.MoE(16, 32, 4, rngs=nnx.Rngs(0), **names)
 
-    def loss(graph, params, x, **names):
+
+def _moe_step(graph, params, x, **names):
+    """Loss, gradients, and the parameters after one step of each optimiser."""
+
+    def loss(params):
         y, losses = nnx.merge(graph, params)(x)
         value = jus.mse_loss(y, jnp.cos(x), **names)
         return value + losses.load_balance + 0.3 * losses.z_loss
 
-    graph, params = nnx.split(layer())
-    x = jax.random.normal(jax.random.key(1), (8, 6, 16))
-    grad = jax.value_and_grad(loss, argnums=1)
-    want = jax.jit(ft.partial(grad, graph))(params, x)
-    mapped = jax.shard_map(
-        ft.partial(grad, nnx.graphdef(layer(batch_axis_name="b")), batch_axis_name="b"),
-        mesh=_mesh(b=4),
-        in_specs=(P(), P("b")),
-        out_specs=P(),
-    )
-    got = jax.jit(mapped)(params, x)
+    value, grads = jax.value_and_grad(loss)(params)
+    return value, grads, *_updated(params, grads, ADAM, SGD)
+
+
+def _assert_close(got, want):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["data", "data and model"])
+@on_eight_devices
+def test_a_mixture_of_experts_makes_the_same_update_in_shard_map(name):
+    model = "model" if "model" in name else None
+    graph, params = nnx.split(_moe())
+    x = jax.random.normal(jax.random.key(1), (8, 6, 16))
+    specs = P()
+    if model:
+        specs = _specs(lambda path, _: SPLIT_HIDDEN.get(path[-2], P()), params)
+    split = _moe(batch_axis_name="data", model_axis_name=model)
+    step = ft.partial(_moe_step, nnx.graphdef(split), batch_axis_name="data")
+    mapped = jax.shard_map(
+        step,
+        mesh=_mesh(data=2, model=4),
+        in_specs=(specs, P("data")),
+        out_specs=(P(), specs, specs, specs),
+    )
+    want = jax.jit(ft.partial(_moe_step, graph))(params, x)
+    _assert_close(jax.jit(mapped)(params, x), want)
+
+
+@on_eight_devices
+def test_experts_that_jit_keeps_on_different_devices_make_the_same_update():
+    graph, params = nnx.split(_moe())
+    x = jax.random.normal(jax.random.key(1), (8, 6, 16))
+    step = jax.jit(ft.partial(_moe_step, graph))
+    mesh = _mesh(data=2, experts=4)
+
+    def placed(p):
+        spec = P("experts") if p.ndim == 3 else P()
+        return jax.device_put(p, NamedSharding(mesh, spec))
+
+    pieces = jax.device_put(x, NamedSharding(mesh, P("data")))
+    got = step(jax.tree.map(placed, params), pieces)
+    _assert_close(got, step(params, x))
 
 
 @pytest.mark.parametrize("name", ["in_axis_name", "out_axis_name"])

@@ -25,7 +25,7 @@ from ..constraints import to_output_scale
 from ..op import AxisName
 from ..ops.contraction import linear_readout
 from ..ops.embedding import embedding
-from ..scale import check_factor, scale_bwd, scale_fwd
+from ..scale import scale_bwd, scale_fwd
 from .linear import with_factor
 
 
@@ -44,18 +44,6 @@ class Options(Protocol):
     def output_scale(self) -> float: ...
     @property
     def logits_scale(self) -> float: ...
-
-
-def check_embedding(embed: Options) -> None:
-    """Refuses scales that are no factors, and a `tied` that is no count."""
-    check_factor("output_scale", embed.output_scale)
-    check_factor("logits_scale", embed.logits_scale)
-    tied = embed.tied
-    is_count = isinstance(tied, int) and not isinstance(tied, bool)
-    if tied is not None and not (is_count and tied >= 1):
-        raise ValueError(
-            f"`tied` must be None or the positions of a batch, got {tied}."
-        )
 
 
 def look_up(

@@ -129,6 +129,8 @@ def mask_factor(mask: Any, kernel_shape: tuple[int, ...]) -> float:
             "`mask` must be known when the module is built, as the scale depends on "
             "it: make it with numpy, outside of `jit`."
         )
+    if not (hasattr(mask, "shape") and hasattr(mask, "dtype")):
+        raise TypeError(f"`mask` must be None or an array, got {mask!r}.")
     values = np.asarray(mask, np.float64)
     if values.shape != tuple(kernel_shape) or not values.any():
         raise ValueError(

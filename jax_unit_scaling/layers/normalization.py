@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from ..arguments import axes_of
-from ..op import AxisName, axis_size
+from ..op import AxisName, axis_size, check_bound
 from ..ops.normalization import rms_norm
-from ..scale import scaled
+from ..scale import check_floating, scaled
 
 
 def tuple_of_axes(rank: int, axes: int | Sequence[int]) -> tuple[int, ...]:
@@ -30,6 +30,8 @@ def apply_norm(
     """One call into ops, with gain and bias along `feature_axes`, and Flax's mask."""
     features = tuple_of_axes(x.ndim, feature_axes)
     shape = [n if i in features else 1 for i, n in enumerate(x.shape)]
+    if options["axis"] is not None:
+        options["axis"] = axes_of("reduction_axes", options["axis"], x.ndim)
     return op(
         x,
         *(None if p is None else p.reshape(shape) for p in parameters),
@@ -68,6 +70,27 @@ def normalised_weight(
     # Flax adds epsilon to a sum of so many squares, of which this is the mean.
     terms = math.prod(kernel.shape[a] for a in axes)
     return rms_norm(kernel, scale, axis=axes, epsilon=epsilon / terms)
+
+
+def check_batch_norm(norm: Any, x: jax.Array, use_running_average: bool | None) -> None:
+    """Refuses what Flax's own code would not say by name.
+
+    Raises:
+        TypeError: if `x` is not floating point.
+        ValueError: if `axis` names no axis of `x`, its channels are not as many as
+            there are statistics, or `axis_name`, where it is used, names none.
+    """
+    check_floating("x", x.dtype)
+    axes = axes_of("axis", norm.axis, x.ndim)
+    channels = math.prod(x.shape[a] for a in axes)
+    expected = getattr(norm, "num_features", channels)
+    if channels != expected:
+        raise ValueError(
+            f"`x` must have `num_features` = {expected} channels along `axis` "
+            f"{norm.axis}, got shape {x.shape}."
+        )
+    if not use_running_average:
+        check_bound("axis_name", norm.axis_name)
 
 
 def scaled_affine(

@@ -56,9 +56,3 @@ def feed_forward(
     """`down(activation(up(x), gate(x)))`, or without a gate."""
     inputs = (up(x),) if gate is None else (up(x), gate(x))
     return down(activation(*inputs))
-
-
-def check_stack(depth: int) -> None:
-    """Refuses a stack without blocks."""
-    if depth < 1:
-        raise ValueError(f"`depth` must be 1 or more, got {depth}.")

@@ -9,11 +9,12 @@ from flax import linen as nn
 from ..constraints import Constraint, to_output_scale
 from ..op import AxisName
 from ..ops.activation import prelu
+from .linear import Checked
 from .metadata import with_role
 from .names import named
 
 
-class PReLU(nn.PReLU):
+class PReLU(nn.PReLU, Checked):
     """`flax.linen.PReLU`, computed by `prelu`.
 
     Its factors are those of the initial slope. constraint, batch_axis_name: as in

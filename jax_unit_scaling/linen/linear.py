@@ -11,9 +11,10 @@ from flax import linen as nn
 from flax.core import meta
 from jax import lax
 
+from ..arguments import axes_of, check_fields
 from ..constraints import Constraint, to_output_scale
 from ..formats import BlockFormats, Formats
-from ..layers.embedding import attend, check_embedding, look_up
+from ..layers.embedding import attend, look_up
 from ..layers.linear import (
     apply_linear,
     bias_of_batch,
@@ -25,7 +26,6 @@ from ..layers.linear import (
 from ..op import AxisName
 from ..ops.contraction import einsum_fan_in, einsum_linear, linear, linear_readout
 from ..parameters import Role
-from ..scale import check_factor
 from .metadata import with_role
 from .names import named, parameter
 
@@ -33,7 +33,20 @@ from .names import named, parameter
 unit_normal = nn.initializers.normal(1.0)
 
 
-class Scaled(nn.Module, kw_only=True):
+class Checked(nn.Module):
+    """A module whose fields, those of its namesake too, are checked when it is built.
+
+    Raises:
+        TypeError, ValueError: by the name of a field that is not what its annotation
+            says, or a number that its name does not stand for.
+    """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        super().__post_init__()
+
+
+class Scaled(Checked, kw_only=True):
     """The fields that unit scaling adds to a layer with a product.
 
     Attributes:
@@ -49,7 +62,7 @@ class Scaled(nn.Module, kw_only=True):
     batch_axis_name: AxisName | None = None
 
 
-class ScaledBlock(nn.Module, kw_only=True):
+class ScaledBlock(Checked, kw_only=True):
     """The fields of `Scaled` for layers with several products.
 
     Attributes:
@@ -70,10 +83,6 @@ class ScaledOutput(Scaled, kw_only=True):
     """
 
     output_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_factor("output_scale", self.output_scale)
-        super().__post_init__()
 
 
 class SplitOutput(ScaledOutput, kw_only=True):
@@ -151,7 +160,7 @@ class DenseGeneral(nn.DenseGeneral, SplitOutput):
                 f"`batch_dims` must be the leading axes 0, 1, .., got {batch}: move "
                 "them to the front."
             )
-        axis = tuple(sorted(a % inputs.ndim for a in axis))
+        axis = tuple(sorted(axes_of("axis", axis, inputs.ndim)))
         places = tuple(inputs.shape[: len(batch)])
         d_in = tuple(inputs.shape[a] for a in axis)
         fans = math.prod(d_in), math.prod(features)
@@ -237,7 +246,7 @@ def _promote_and_apply(layer: Any, op: Any, **more: Any) -> Any:
     return applied
 
 
-class Embed(nn.Embed):
+class Embed(nn.Embed, Checked):
     """`flax.linen.Embed` with a unit-normal table, computed by `embedding`.
 
     `batch_axis_name` and `output_scale`: as in `Dense`. And, as keywords,
@@ -269,10 +278,6 @@ class Embed(nn.Embed):
     )
     tied: int | None = dataclasses.field(default=None, kw_only=True)
     logits_scale: float = dataclasses.field(default=1.0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_embedding(self)
-        super().__post_init__()
 
     def setup(self) -> None:
         self.embedding = parameter(

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from ..layers.linear import options_of
 from ..layers.transformer import feed_forward
-from ..op import AxisName
+from ..op import AxisName, check_bound
 from ..ops.activation import silu_glu
 from ..ops.contraction import ragged_dot
 from ..ops.moe import RouterLosses, mixture_of_experts
@@ -75,6 +75,8 @@ class MoE(Scaled):
         activation, gated, model_axis_name: as in `MLP`, of every expert.
         formats, constraint, batch_axis_name and the rest: as in `Dense`.
 
+    Of several devices see the NNX one: there is no expert parallelism.
+
     Reference: Mixtral (Jiang et al., 2024), for the function; `mixture_of_experts` for
     its factors.
     """
@@ -93,6 +95,7 @@ class MoE(Scaled):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> tuple[jax.Array, RouterLosses]:
+        check_bound("model_axis_name", named(self).model_axis_name)
         return mixture_of_experts(
             self._route,
             self._apply_experts,

@@ -9,7 +9,7 @@ from flax.core import meta
 M = TypeVar("M", bound=nn.Module)
 
 _OF_FEATURES = ("in_axis_name", "out_axis_name", "vocabulary_axis_name")
-_NAMES = ("axis_name", "batch_axis_name", *_OF_FEATURES)
+_NAMES = ("axis_name", "batch_axis_name", "model_axis_name", *_OF_FEATURES)
 
 
 def named(module: M) -> M:

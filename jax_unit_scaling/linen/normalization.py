@@ -1,6 +1,7 @@
 """Norms and dropout, drop-in for their `flax.linen` namesakes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
+from ..arguments import axes_of
 from ..layers.normalization import (
     apply_norm,
+    check_batch_norm,
     instance_axes,
     scaled_affine,
     tuple_of_axes,
@@ -18,11 +21,12 @@ from ..op import AxisName
 from ..ops.dropout import dropout
 from ..ops.normalization import group_norm, layer_norm, rms_norm
 from ..parameters import Role
+from .linear import Checked
 from .metadata import mapped, with_role
 from .names import named
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(nn.LayerNorm, Checked):
     """`flax.linen.LayerNorm`, computed by `layer_norm`.
 
     All norms take the arguments of their namesakes and `batch_axis_name`, the named
@@ -30,6 +34,7 @@ class LayerNorm(nn.LayerNorm):
     least, and their variance is never the fast one.
     """
 
+    axis_name: AxisName | None = None  # type: ignore[assignment]
     batch_axis_name: AxisName | None = None
 
     @nn.compact
@@ -37,9 +42,10 @@ class LayerNorm(nn.LayerNorm):
         return _apply(self, layer_norm, x, mask, axis=self.reduction_axes)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(nn.RMSNorm, Checked):
     """`flax.linen.RMSNorm`, computed by `rms_norm`: see `LayerNorm`."""
 
+    axis_name: AxisName | None = None  # type: ignore[assignment]
     batch_axis_name: AxisName | None = None
 
     @nn.compact
@@ -47,12 +53,13 @@ class RMSNorm(nn.RMSNorm):
         return _apply(self, rms_norm, x, mask, axis=self.reduction_axes)
 
 
-class InstanceNorm(nn.InstanceNorm):
+class InstanceNorm(nn.InstanceNorm, Checked):
     """`flax.linen.InstanceNorm`, computed by `layer_norm`: see `LayerNorm`.
 
     Statistics are over all axes but the first and `feature_axes`.
     """
 
+    axis_name: AxisName | None = None  # type: ignore[assignment]
     batch_axis_name: AxisName | None = None
 
     @nn.compact
@@ -61,12 +68,13 @@ class InstanceNorm(nn.InstanceNorm):
         return _apply(self, layer_norm, x, mask, axis=axis)
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(nn.GroupNorm, Checked):
     """`flax.linen.GroupNorm`, computed by `group_norm`: see `LayerNorm`.
 
     Its `reduction_axes` may leave out any axis but the last.
     """
 
+    axis_name: AxisName | None = None  # type: ignore[assignment]
     batch_axis_name: AxisName | None = None
 
     @nn.compact
@@ -103,7 +111,7 @@ def _apply(
     )
 
 
-class BatchNorm(nn.BatchNorm):
+class BatchNorm(nn.BatchNorm, Checked):
     """`flax.linen.BatchNorm`, whose output has unit scale already.
 
     Factors: 1 forward and for the input, batch^-1/2 for gain and bias, with all axes
@@ -111,6 +119,8 @@ class BatchNorm(nn.BatchNorm):
     devices, as ever; name the axes that split the batch in `batch_axis_name` as well.
     """
 
+    axis: int | Sequence[int] = -1  # type: ignore[assignment]
+    axis_name: AxisName | None = None  # type: ignore[assignment]
     batch_axis_name: AxisName | None = None
 
     @nn.compact
@@ -121,8 +131,10 @@ class BatchNorm(nn.BatchNorm):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        axes = (self.axis,) if isinstance(self.axis, int) else self.axis
-        features = math.prod(x.shape[a] for a in axes)
+        still = self.use_running_average
+        still = still if use_running_average is None else use_running_average
+        check_batch_norm(named(self), x, still)
+        features = math.prod(x.shape[a] for a in axes_of("axis", self.axis, x.ndim))
 
         def with_factors(params: Any) -> Any:
             leaves, structure = jax.tree.flatten(params)
@@ -138,7 +150,7 @@ class BatchNorm(nn.BatchNorm):
         return super().param(name, init, *args, **kwargs)
 
 
-class Dropout(nn.Dropout):
+class Dropout(nn.Dropout, Checked):
     """`flax.linen.Dropout`, computed by `dropout`: keeps the scale, not the mean."""
 
     @nn.compact

@@ -21,7 +21,7 @@ from ..layers.recurrent import (
 from ..ops.arithmetic import weighted_add
 from ..ops.contraction import linear
 from .conv import Conv
-from .linear import Dense, Scaled, fields_of, unit_normal
+from .linear import Checked, Dense, Scaled, fields_of, unit_normal
 from .metadata import mapped, with_role
 from .names import named
 
@@ -249,7 +249,7 @@ class RecurrentHighwayCell(nn.RNNCellBase, Scaled):
     num_feature_axes = nn.GRUCell.num_feature_axes
 
 
-class RNN(nn.RNN):
+class RNN(nn.RNN, Checked):
     """`flax.linen.RNN`, which divides the gradients of its cell by sqrt(steps).
 
     A weight that is used at each step sums up as many gradients. Only the loop knows
@@ -267,7 +267,7 @@ class RNN(nn.RNN):
         return loop(self, inputs, time_major=time_major, **namesake)
 
 
-class Bidirectional(nn.Bidirectional):
+class Bidirectional(nn.Bidirectional, Checked):
     """`flax.linen.Bidirectional` of two `RNN`s of unit-scaled cells.
 
     Factors: 1 throughout. Both halves of the output have unit scale; so has what a

@@ -2,7 +2,7 @@
 
 import functools as ft
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,14 +15,21 @@ from ..layers.linear import options_of
 from ..layers.transformer import (
     ResidualRule,
     block_taus,
-    check_stack,
     feed_forward,
     pre_norm,
 )
-from ..op import AxisName, axis_names
+from ..op import AxisName, axis_names, check_bound
 from ..ops.activation import silu_glu
-from .linear import Dense, DenseGeneral, ScaledBlock, fields_of, unit_normal
+from .linear import (
+    Checked,
+    Dense,
+    DenseGeneral,
+    ScaledBlock,
+    fields_of,
+    unit_normal,
+)
 from .metadata import at_depth
+from .names import named
 from .normalization import Dropout, LayerNorm, RMSNorm
 
 
@@ -76,6 +83,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, ScaledBlock)
         dropout_rng: jax.Array | None = None,
         sow_weights: bool = False,
     ) -> jax.Array:
+        check_bound("model_axis_name", named(self).model_axis_name)
         inputs = _sources(inputs_q, inputs_k, inputs_v, inputs_kv)
         query, key, value = self._project(*inputs)
         if self.dropout_rate > 0.0:
@@ -252,6 +260,7 @@ class MLP(ScaledBlock):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
+        check_bound("model_axis_name", named(self).model_axis_name)
         names = ("use_bias", "dtype", "param_dtype", "precision")
         inits = ("kernel_init", "bias_init")
         each = BlockFormats.of(self.formats)
@@ -380,7 +389,7 @@ def _block(
     return block.placement(norm(name="mlp_norm"), feed, x, tau=taus[1])
 
 
-class TransformerStack(nn.Module):
+class TransformerStack(Checked):
     """Transformer blocks in a row, each with the residual weights of its place.
 
     A Python loop, not a scan over stacked parameters: u-muP's residual weights differ
@@ -398,7 +407,7 @@ class TransformerStack(nn.Module):
     hidden_features: int
     depth: int
     remat: bool = False
-    block: Any = None
+    block: Mapping[str, Any] | None = None
 
     @nn.compact
     def __call__(
@@ -409,7 +418,6 @@ class TransformerStack(nn.Module):
         deterministic: bool | None = None,
     ) -> jax.Array:
         """`mask` and `deterministic` are each block's own."""
-        check_stack(self.depth)
         kind = nn.remat(TransformerBlock) if self.remat else TransformerBlock
         # As a field: `nn.remat` would trace an argument.
         options: dict[str, Any] = dict(self.block or {})

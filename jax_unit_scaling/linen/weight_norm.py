@@ -15,10 +15,11 @@ from flax.linen.dtypes import canonicalize_dtype
 
 from ..layers.normalization import normalised_weight, tuple_of_axes
 from ..ops.normalization import spectral_norm
+from .linear import Checked
 from .metadata import with_role
 
 
-class WeightNorm(nn.WeightNorm):
+class WeightNorm(nn.WeightNorm, Checked):
     """`flax.linen.WeightNorm` to unit rms: scale * v / rms(v) for each feature.
 
     Takes the arguments of its namesake. The layer keeps its weights as they are, and
@@ -47,7 +48,7 @@ class WeightNorm(nn.WeightNorm):
         return normalised_weight(kernel, scale, features, self.epsilon).astype(dtype)
 
 
-class SpectralNorm(nn.SpectralNorm):
+class SpectralNorm(nn.SpectralNorm, Checked):
     """`flax.linen.SpectralNorm` to the spectral norm of a unit-normal matrix.
 
     Takes the arguments of its namesake. That norm is sqrt(m) + sqrt(n) for [m, n], all

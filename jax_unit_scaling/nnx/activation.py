@@ -1,10 +1,12 @@
 """Activations with a parameter, drop-in for their `flax.nnx` namesakes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
+from ..arguments import checked
 from ..constraints import Constraint, to_output_scale
 from ..op import AxisName
 from ..ops.activation import prelu
@@ -18,16 +20,17 @@ class PReLU(nnx.PReLU):
     `Linear`.
     """
 
+    @checked
     def __init__(
         self,
         negative_slope_init: float = 0.01,
         *,
-        negative_slope_metadata: Any = None,
+        negative_slope_metadata: Mapping[str, Any] | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
         **namesake: Any,
     ):
-        super().__init__(
+        checked(super().__init__)(
             negative_slope_init,
             negative_slope_metadata=role_metadata("norm")
             | dict(negative_slope_metadata or {}),

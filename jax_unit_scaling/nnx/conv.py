@@ -1,13 +1,14 @@
 """Convolutions, drop-in for their `flax.nnx` namesakes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 from jax import lax
 
+from ..arguments import checked
 from ..layers.linear import apply_conv, mask_factor, masked
 from ..ops.conv import conv, conv_transpose
 from ..parameters import role_metadata
@@ -17,6 +18,7 @@ from .linear import ScaledProduct, unit_normal
 class _Conv(ScaledProduct):
     """What both layers add to their namesake: construction, mask and promotion."""
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -24,13 +26,13 @@ class _Conv(ScaledProduct):
         kernel_size: int | Sequence[int],
         *strides: int | Sequence[int] | None,
         kernel_init: nnx.Initializer = unit_normal,
-        kernel_metadata: Any = None,
-        bias_metadata: Any = None,
+        kernel_metadata: Mapping[str, Any] | None = None,
+        bias_metadata: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
         **more: Any,
     ):
         window = (kernel_size,) if isinstance(kernel_size, int) else kernel_size
-        groups = more.get("feature_group_count", 1)
+        groups = more.get("feature_group_count", 1)  # which `Conv` has checked
         role = role_metadata("weight", math.prod(window) * in_features // groups)
         super().__init__(
             in_features,
@@ -75,6 +77,14 @@ class Conv(_Conv, nnx.Conv):
     masked weights are divided by its rms, so that the scale does not depend on how many
     it leaves.
     """
+
+    @checked
+    def __init__(
+        self, *sizes: Any, feature_group_count: int = 1, rngs: nnx.Rngs, **more: Any
+    ):
+        super().__init__(
+            *sizes, feature_group_count=feature_group_count, rngs=rngs, **more
+        )
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         return self._apply(

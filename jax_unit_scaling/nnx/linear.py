@@ -2,16 +2,17 @@
 
 import functools as ft
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 from jax import lax
 
+from ..arguments import checked
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
-from ..layers.embedding import attend, check_embedding, look_up
+from ..layers.embedding import attend, look_up
 from ..layers.linear import (
     apply_linear,
     bias_of_batch,
@@ -21,7 +22,6 @@ from ..layers.linear import (
 from ..op import AxisName
 from ..ops.contraction import einsum_fan_in, einsum_linear, linear, linear_readout
 from ..parameters import Role, role_metadata
-from ..scale import check_factor
 
 # What unit scaling starts from: every weight has unit variance.
 unit_normal = nnx.initializers.normal(1.0)
@@ -38,6 +38,7 @@ class ScaledProduct(nnx.Module):
         not the kernel's: a weight's own scale, which `convert` keeps here.
     """
 
+    @checked
     def __init__(
         self,
         *sizes: Any,
@@ -47,8 +48,8 @@ class ScaledProduct(nnx.Module):
         output_scale: float = 1.0,
         **namesake: Any,
     ):
-        output_scale = check_factor("output_scale", output_scale)
-        super().__init__(*sizes, **namesake)
+        # `LoRA` has checked it: a function is more than Flax's annotation says.
+        checked(super().__init__, but=("base_module",))(*sizes, **namesake)
         self.formats = formats
         self.constraint = constraint
         self.batch_axis_name = batch_axis_name
@@ -63,6 +64,7 @@ class SplitProduct(ScaledProduct):
         layer is built outside, and its parameters come in as pieces.
     """
 
+    @checked
     def __init__(
         self,
         *sizes: Any,
@@ -81,13 +83,14 @@ class _Linear(SplitProduct):
 
     _bias_role: Role = "bias"
 
+    @checked
     def __init__(
         self,
         *sizes: Any,
         role: dict[str, Any],
         kernel_init: nnx.Initializer = unit_normal,
-        kernel_metadata: Any = None,
-        bias_metadata: Any = None,
+        kernel_metadata: Mapping[str, Any] | None = None,
+        bias_metadata: Mapping[str, Any] | None = None,
         **more: Any,
     ):
         super().__init__(
@@ -135,6 +138,7 @@ class Linear(_Linear, nnx.Linear):
     _op: Any = staticmethod(linear)
     _role: Role = "weight"
 
+    @checked
     def __init__(
         self, in_features: int, out_features: int, *, rngs: nnx.Rngs, **more: Any
     ):
@@ -157,6 +161,7 @@ class LinearReadout(Linear):
     _role: Role = "output"
     _bias_role: Role = "output"
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -177,6 +182,7 @@ class LinearGeneral(_Linear, nnx.LinearGeneral):
     Takes the further arguments of `Linear`.
     """
 
+    @checked
     def __init__(
         self,
         in_features: int | Sequence[int],
@@ -220,6 +226,7 @@ class Einsum(_Linear, nnx.Einsum):
     Takes the further arguments of `Linear`.
     """
 
+    @checked
     def __init__(
         self,
         einsum_str: str,
@@ -279,13 +286,14 @@ class Embed(nnx.Embed):
     is before it, cotangents of unit scale.
     """
 
+    @checked
     def __init__(
         self,
         num_embeddings: int,
         features: int,
         *,
         embedding_init: nnx.Initializer = unit_normal,
-        embedding_metadata: Any = None,
+        embedding_metadata: Mapping[str, Any] | None = None,
         tied: int | None = None,
         batch_axis_name: AxisName | None = None,
         vocabulary_axis_name: AxisName | None = None,
@@ -294,7 +302,7 @@ class Embed(nnx.Embed):
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
-        super().__init__(
+        checked(super().__init__)(
             num_embeddings,
             features,
             embedding_init=embedding_init,
@@ -308,7 +316,6 @@ class Embed(nnx.Embed):
         self.output_scale = output_scale
         self.logits_scale = logits_scale
         self.vocabulary_axis_name = vocabulary_axis_name
-        check_embedding(self)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         (table,) = self.promote_dtype(

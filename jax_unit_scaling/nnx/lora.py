@@ -1,10 +1,12 @@
 """Low-rank adapters, drop-in for their `flax.nnx` namesakes."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
+from ..arguments import checked
 from ..layers.linear import low_rank
 from ..parameters import role_metadata
 from .linear import Linear, SplitProduct, unit_normal
@@ -22,23 +24,20 @@ class LoRA(SplitProduct, nnx.LoRA):
     here of (x A) B alone.
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,
         lora_rank: int,
         out_features: int,
         *,
-        base_module: nnx.Module | None = None,
+        base_module: Callable[..., jax.Array] | None = None,
         a_initializer: nnx.Initializer = unit_normal,
-        a_metadata: Any = None,
-        b_metadata: Any = None,
+        a_metadata: Mapping[str, Any] | None = None,
+        b_metadata: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
         **more: Any,
     ):
-        if not (base_module is None or callable(base_module)):
-            raise ValueError(
-                f"`base_module` must be callable, got a {type(base_module).__name__}."
-            )
         super().__init__(
             in_features,
             lora_rank,
@@ -66,6 +65,7 @@ class LoRALinear(nnx.LoRALinear, Linear):
     both.
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -74,12 +74,12 @@ class LoRALinear(nnx.LoRALinear, Linear):
         lora_rank: int,
         a_initializer: nnx.Initializer = unit_normal,
         b_initializer: nnx.Initializer = zeros,
-        a_metadata: Any = None,
-        b_metadata: Any = None,
+        a_metadata: Mapping[str, Any] | None = None,
+        b_metadata: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
-        super().__init__(
+        checked(super().__init__)(
             in_features, out_features, lora_rank=lora_rank, rngs=rngs, **namesake
         )
         plain = self.lora

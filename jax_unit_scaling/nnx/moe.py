@@ -1,7 +1,7 @@
 """A mixture-of-experts feed-forward layer."""
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
+from ..arguments import checked
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
 from ..layers.linear import options_of
 from ..layers.transformer import feed_forward
-from ..op import AxisName
+from ..op import AxisName, check_bound
 from ..ops.activation import silu_glu
 from ..ops.contraction import ragged_dot
 from ..ops.moe import RouterLosses, mixture_of_experts
@@ -28,6 +29,7 @@ class ExpertLinear(nnx.Module):
     that are sorted by expert, and the number of rows of each. Arguments as in `Linear`.
     """
 
+    @checked
     def __init__(
         self,
         num_experts: int,
@@ -38,7 +40,7 @@ class ExpertLinear(nnx.Module):
         param_dtype: Any = jnp.float32,
         precision: Any = None,
         kernel_init: nnx.Initializer = unit_normal,
-        kernel_metadata: Any = None,
+        kernel_metadata: Mapping[str, Any] | None = None,
         promote_dtype: Callable[..., Any] = promote_dtype,
         preferred_element_type: Any = None,
         formats: Formats | None = None,
@@ -97,10 +99,18 @@ class MoE(nnx.Module):
         activation, gated, model_axis_name: as in `MLP`, of every expert.
         formats, constraint, batch_axis_name and the rest: as in `Linear`.
 
+    Every device that has some of the tokens needs all experts, whole or their hidden
+    features in pieces (`model_axis_name`). Expert parallelism, whole experts on
+    different devices and an all-to-all that brings them their tokens, is not provided.
+    Kernels whose first axis, the experts', is sharded under `jit` make the same update,
+    and each device stores its experts alone; but XLA sends it all rows to do so, and
+    adds up the results.
+
     Reference: Mixtral (Jiang et al., 2024), for the function; `mixture_of_experts` for
     its factors.
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -140,8 +150,10 @@ class MoE(nnx.Module):
         self.mult = mult
         self.activation = activation
         self.batch_axis_name = batch_axis_name
+        self.model_axis_name = model_axis_name
 
     def __call__(self, inputs: jax.Array) -> tuple[jax.Array, RouterLosses]:
+        check_bound("model_axis_name", self.model_axis_name)
         return mixture_of_experts(
             self._route,
             self._apply_experts,

@@ -1,14 +1,20 @@
 """Norms and dropout, drop-in for their `flax.nnx` namesakes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..layers.normalization import apply_norm, instance_axes, scaled_affine
+from ..arguments import checked
+from ..layers.normalization import (
+    apply_norm,
+    check_batch_norm,
+    instance_axes,
+    scaled_affine,
+)
 from ..op import AxisName
 from ..ops.dropout import dropout
 from ..ops.normalization import group_norm, layer_norm, rms_norm
@@ -18,16 +24,20 @@ from ..parameters import role_metadata
 class _Norm(nnx.Module):
     """What each norm adds to its namesake: construction, mask and promotion."""
 
+    @checked
     def __init__(
         self,
         *sizes: int | None,
-        scale_metadata: Any = None,
+        scale_metadata: Mapping[str, Any] | None = None,
+        axis_name: AxisName | None = None,
         batch_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
-        super().__init__(  # type: ignore[call-arg]
+        # Names of several axes are more than Flax's annotation says.
+        checked(super().__init__, but=("axis_name",))(  # type: ignore[call-arg]
             *sizes,
+            axis_name=axis_name,
             scale_metadata=role_metadata("norm") | dict(scale_metadata or {}),
             rngs=rngs,
             **namesake,
@@ -50,7 +60,13 @@ class _Norm(nnx.Module):
 class _BiasedNorm(_Norm):
     """A norm with a bias, which has a role as well."""
 
-    def __init__(self, *sizes: int | None, bias_metadata: Any = None, **more: Any):
+    @checked
+    def __init__(
+        self,
+        *sizes: int | None,
+        bias_metadata: Mapping[str, Any] | None = None,
+        **more: Any,
+    ):
         bias_metadata = role_metadata("bias") | dict(bias_metadata or {})
         super().__init__(*sizes, bias_metadata=bias_metadata, **more)
 
@@ -133,24 +149,42 @@ class BatchNorm(nnx.BatchNorm):
     devices, as ever; name the axes that split the batch in `batch_axis_name` as well.
     """
 
+    @checked
     def __init__(
         self,
         num_features: int,
         *,
-        scale_metadata: Any = None,
-        bias_metadata: Any = None,
+        axis: int | Sequence[int] = -1,
+        axis_name: AxisName | None = None,
+        scale_metadata: Mapping[str, Any] | None = None,
+        bias_metadata: Mapping[str, Any] | None = None,
         batch_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
-        super().__init__(
+        # So are several axes here.
+        checked(super().__init__, but=("axis", "axis_name"))(
             num_features,
+            axis=axis,  # type: ignore[arg-type]
+            axis_name=axis_name,  # type: ignore[arg-type]
             scale_metadata=role_metadata("norm") | dict(scale_metadata or {}),
             bias_metadata=role_metadata("bias") | dict(bias_metadata or {}),
             rngs=rngs,
             **namesake,
         )
         self.promote_dtype = _PromoteAndScale(self.promote_dtype, batch_axis_name)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        check_batch_norm(self, x, use_running_average)
+        return super().__call__(x, use_running_average, mask=mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +207,8 @@ class _PromoteAndScale:
 
 class Dropout(nnx.Dropout):
     """`flax.nnx.Dropout`, computed by `dropout`: keeps the scale, not the mean."""
+
+    __init__ = checked(nnx.Dropout.__init__)
 
     def __call__(
         self,

@@ -1,12 +1,13 @@
 """Recurrent cells and their loop, drop-in for their `flax.nnx` namesakes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..arguments import checked
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
 from ..layers.recurrent import (
@@ -29,6 +30,7 @@ class _Cell(nnx.RNNCellBase):
     gate_fn: Callable[..., Any]
     activation_fn: Callable[..., Any]
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -36,16 +38,16 @@ class _Cell(nnx.RNNCellBase):
         *,
         kernel_init: nnx.Initializer = unit_normal,
         recurrent_kernel_init: nnx.Initializer = unit_normal,
-        kernel_metadata: Any = None,
-        recurrent_kernel_metadata: Any = None,
-        bias_metadata: Any = None,
+        kernel_metadata: Mapping[str, Any] | None = None,
+        recurrent_kernel_metadata: Mapping[str, Any] | None = None,
+        bias_metadata: Mapping[str, Any] | None = None,
         formats: Formats | None = None,
         constraint: Constraint | None = to_output_scale,
         batch_axis_name: AxisName | None = None,
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
-        super().__init__(  # type: ignore[call-arg]
+        checked(super().__init__)(  # type: ignore[call-arg]
             in_features,
             hidden_features,
             kernel_init=kernel_init,
@@ -162,6 +164,7 @@ class RecurrentHighwayCell(nnx.RNNCellBase):
     Networks (Zilly et al., 2017), of depth one.
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -170,7 +173,7 @@ class RecurrentHighwayCell(nnx.RNNCellBase):
         rebias: float = 1.0,
         param_dtype: Any = jnp.float32,
         carry_init: nnx.Initializer | None = None,
-        kernel_metadata: Any = None,
+        kernel_metadata: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
         **linear: Any,
     ):
@@ -208,6 +211,8 @@ class RNN(nnx.RNN):
     needs `scale_bwd(parameter, steps**-0.5)`.
     """
 
+    __init__ = checked(nnx.RNN.__init__)
+
     def __call__(
         self, inputs: jax.Array, *, time_major: bool | None = None, **namesake: Any
     ) -> Any:
@@ -226,3 +231,5 @@ class Bidirectional(nnx.Bidirectional):
     do and `jnp.add` does not. The two cotangents of the input add up to sqrt(2), which
     a constraint would have the output pay for.
     """
+
+    __init__ = checked(nnx.Bidirectional.__init__)

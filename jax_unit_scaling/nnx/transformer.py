@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..arguments import checked
 from ..constraints import Constraint, to_output_scale
 from ..formats import BlockFormats, Formats
 from ..layers.attention import SOW_WEIGHTS, Attention, Cache, projection_formats
-from ..layers.transformer import block_taus, check_stack, feed_forward, pre_norm
-from ..op import AxisName, axis_names
+from ..layers.transformer import block_taus, feed_forward, pre_norm
+from ..op import AxisName, axis_names, check_bound
 from ..ops.activation import silu_glu
 from .depth import set_depth
 from .linear import Linear, LinearGeneral, unit_normal
@@ -84,6 +85,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     sequence with `is_causal`, if `length` is given or the cache is as long as that.
     """
 
+    @checked
     def __init__(
         self,
         num_heads: int,
@@ -104,7 +106,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         rngs: nnx.Rngs,
         **namesake: Any,
     ):
-        super().__init__(
+        checked(super().__init__)(
             num_heads,
             in_features,
             *sizes,
@@ -122,6 +124,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             rngs=rngs,
             **namesake,
         )
+        self.model_axis_name = model_axis_name
         # The namesake builds plain layers; each gives way to a unit-scaled one.
         inits = {"out": out_kernel_init or kernel_init}
         for name in ("query", "key", "value", "out"):
@@ -177,6 +180,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         decode: bool | None = None,
         **namesake: Any,
     ) -> jax.Array:
+        check_bound("model_axis_name", self.model_axis_name)
         decode = bool(self.decode if decode is None else decode)
         if isinstance(self.attention_fn, _Attention):
             if sow_weights:
@@ -209,6 +213,7 @@ class MLP(nnx.Module):
         constraint, batch_axis_name and the rest: as in `Linear`.
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -244,8 +249,10 @@ class MLP(nnx.Module):
             **linear,
         )
         self.activation = activation
+        self.model_axis_name = model_axis_name
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
+        check_bound("model_axis_name", self.model_axis_name)
         return feed_forward(
             self.up, self.gate, self.down, inputs, activation=self.activation
         )
@@ -281,6 +288,7 @@ class TransformerBlock(nnx.Module):
     Reference: u-muP (Blake et al., 2024), appendix G.
     """
 
+    @checked
     def __init__(
         self,
         features: int,
@@ -385,6 +393,7 @@ class TransformerStack(nnx.Module):
         block: the further options of each `TransformerBlock`.
     """
 
+    @checked
     def __init__(
         self,
         features: int,
@@ -396,7 +405,6 @@ class TransformerStack(nnx.Module):
         rngs: nnx.Rngs,
         **block: Any,
     ):
-        check_stack(depth)
         self.remat = remat
         self.blocks = nnx.List(
             TransformerBlock(

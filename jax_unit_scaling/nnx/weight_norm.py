@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..arguments import checked
 from ..layers.normalization import normalised_weight, tuple_of_axes
 from ..ops.normalization import spectral_norm
 from ..parameters import role_metadata
@@ -26,8 +27,16 @@ class WeightNorm(nnx.WeightNorm):
     its scale.
     """
 
+    @checked
     def __init__(self, layer_instance: nnx.Module, *, rngs: nnx.Rngs, **namesake: Any):
-        super().__init__(layer_instance, rngs=rngs, **namesake)
+        try:
+            checked(super().__init__)(layer_instance, rngs=rngs, **namesake)
+        except IndexError:
+            raise ValueError(
+                "`feature_axes` must name axes of each weight of `layer_instance`, got "
+                f"{namesake.get('feature_axes')}: choose others, or the weights that "
+                "have them by `variable_filter`."
+            ) from None
         if self.scales is not None:
             self.scales = nnx.data(
                 {
@@ -61,6 +70,8 @@ class SpectralNorm(nnx.SpectralNorm):
     As in Flax one step of the power iteration starts far from the largest singular
     value: the output shrinks by up to sqrt(2) over the first some ten calls.
     """
+
+    __init__ = checked(nnx.SpectralNorm.__init__)
 
     def __call__(self, x: jax.Array, update_stats: bool | None = None) -> Any:
         update = not self.use_running_average if update_stats is None else update_stats

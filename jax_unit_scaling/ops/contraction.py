@@ -501,7 +501,12 @@ def einsum_linear(
 def einsum_fan_in(subscripts: str, kernel_shape: Sequence[int]) -> int:
     """The length of the kernel's contracted axes: its labels that the output lacks."""
     term, _, result = subscripts.replace(" ", "").partition(",")[2].partition("->")
-    labels = _labels(term, len(kernel_shape))
+    labels = [*_labels(term, len(kernel_shape))]
+    if len(labels) != len(kernel_shape):
+        raise ValueError(
+            "`einsum_str` must name the axes of an input and of a kernel of shape "
+            f"{tuple(kernel_shape)}, as in '...i,ij->...j', got {subscripts!r}."
+        )
     return math.prod(
         size
         for label, size in zip(labels, kernel_shape, strict=True)

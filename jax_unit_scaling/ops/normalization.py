@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ..arguments import axes_of, check_broadcast, checked
-from ..op import AxisName, Factors, Zeros, case, scaled_op
+from ..op import AxisName, Factors, Zeros, case, check_bound, scaled_op
 
 Axes = int | Sequence[int]
 
@@ -21,11 +21,10 @@ def _norm_rule(
     where: Any = None,
     *,
     axis: Axes = -1,
-    epsilon: float,
+    axis_name: AxisName | None,
     **_: Any,
 ) -> Factors:
-    if epsilon < 0:
-        raise ValueError(f"`epsilon` must be 0 or more, got {epsilon}.")
+    check_bound("axis_name", axis_name)
     if not x.shape:
         raise ValueError("`x` must have an axis to normalise over, got a scalar.")
     axes_of("axis", axis, len(x.shape))
