@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from .._jaxpr import (
+    UNIT_SCALED,
     Call,
     Equation,
     Interpreter,
@@ -27,6 +28,7 @@ from .._jaxpr import (
     transform,
 )
 from ..formats import E4M3, E5M2, Format, Formats, quantize_bwd, quantize_fwd
+from .order import forward_only, refusal
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
@@ -83,6 +85,8 @@ def simulate_format(
     rounded. In a function that differentiates already, a cotangent is recognised if it
     starts from a one or from an argument, as in `jax.grad`; where another number starts
     it, as in `jax.vjp(loss, x)[1](1024.0)`, pass that number as an argument.
+    A function that is simulated already is rounded twice: to the same format that is
+    the same. Inside of `unit_scale` or around it, differentiate first (see there).
 
     Args:
         fn: a function of arrays, pytrees and Flax or Equinox modules, or a module.
@@ -100,7 +104,8 @@ def simulate_format(
         A function like `fn`; compile it with `jax.jit`, else each call traces anew.
 
     Raises:
-        TypeError: if a format is not a `Format`, or a key not a typed key.
+        TypeError: if a format is not a `Format`, or a key not a typed key; and by a
+            gradient of a `unit_scale`d loss in which a cotangent would be rounded.
 
     Warns:
         UserWarning: of products that are left as they were because what is around them
@@ -175,6 +180,7 @@ class _Simulate(Interpreter):
     def __init__(self, choose: Choice) -> None:
         self._choose = choose
         self._cotangent: dict[tuple[int, ...], int | None] = {}
+        self._in_rules: set[tuple[int, ...]] = set()
 
     def begin(self, region: Region, cotangents: Sequence[bool]) -> None:
         # Of its arguments a function may be given one, for a `jax.vjp` inside; not if
@@ -190,6 +196,8 @@ class _Simulate(Interpreter):
             fact, operands = _of_cotangents(equation, given)
             if _is_product(equation):
                 self._cotangent[equation.place] = operands
+                if any(cotangents):
+                    self._in_rules.add(equation.place)
             return [fact] * len(equation.outvars)
 
         flow(region, facts, transfer, join=max, bottom=_NO, literal=_starts)
@@ -214,6 +222,9 @@ class _Simulate(Interpreter):
             )
         cotangent = self._cotangent.get(equation.place)
         keys = side.shared or (None, None)
+        scaled = UNIT_SCALED in equation.scope
+        if scaled and equation.place in self._in_rules and formats.bwd is not None:
+            raise refusal()
 
         def rounded(i: int, x: Any) -> Any:
             backward = i == cotangent
@@ -230,7 +241,8 @@ class _Simulate(Interpreter):
         operands = [rounded(i, x) for i, x in enumerate(args[:2])]
         (y,) = equation.bind(*operands, *args[2:])
         if cotangent is None and formats.bwd is not None:
-            y = quantize_bwd(y, formats.bwd, key(True, 2))
+            bwd = formats.bwd
+            y = forward_only(y) if scaled else quantize_bwd(y, bwd, key(True, 2))
         return [y], None
 
     def left(self, equation: Equation) -> None:

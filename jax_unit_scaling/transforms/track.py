@@ -17,7 +17,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._jaxpr import Call, Equation, Interpreter, Place, Side, flow, is_literal
+from .._jaxpr import (
+    Call,
+    Equation,
+    Interpreter,
+    Place,
+    Side,
+    flow,
+    is_literal,
+    is_variable,
+)
 from ..formats import E4M3, E5M2, FP16, Format
 
 # The binades of a histogram: below lies what no 16-bit float format but bfloat16 holds.
@@ -173,13 +182,17 @@ def track_scales(
     Returns:
         A pure function that returns `(fn(...), Scales)`.
 
+    Raises:
+        TypeError: where called, if `fn` is tracked already.
+
     Reference: Unit Scaling (Blake et al., 2023), figures 1 and A.1.
     """
 
     @ft.wraps(fn, updated=())
     def tracked(*args: Any, **kwargs: Any) -> tuple[Any, Scales]:
-        out, records = _run(fn, formats, where, None, args, kwargs)
-        return out, _scales(records, None, formats)
+        call = _call(fn, args, kwargs)
+        outs, records = _through(call, call.leaves, formats, where, None)
+        return call.result(outs), _scales(records, None, formats)
 
     return tracked
 
@@ -198,15 +211,38 @@ def track_value_and_grad(
     What the loss does not depend on has cotangents of zero; inside a while loop, which
     has no gradient, they are not seen (a count of zero).
 
+    A gradient has the structure of its argument: that of a Flax module is a module that
+    holds gradients (`nnx.state(grads, nnx.Param)` are those of its parameters). What
+    `fn` sets a module's variables to, batch statistics and random counts, the caller's
+    own module has afterwards, whether it is differentiated or not.
+
+    Args:
+        fn: a loss, as for `jax.value_and_grad`.
+        argnums: which arguments are differentiated. Those of a module's variables that
+            are not floating point have gradients of `jax.dtypes.float0`, as those of
+            `jax.grad(..., allow_int=True)`.
+        has_aux: whether `fn` returns `(loss, aux)`.
+        formats, where: as for `track_scales`.
+
     Returns:
         A pure function that returns `(value, gradients, Scales)`.
+
+    Raises:
+        TypeError: where called, if `fn` does not return a scalar, is tracked already,
+            or an argument to be differentiated has nothing of floating point.
     """
     several = not isinstance(argnums, int)
     wanted: tuple[int, ...] = tuple(argnums) if several else (argnums,)  # type: ignore
 
     @ft.wraps(fn, updated=())
     def tracked(*args: Any, **kwargs: Any) -> tuple[Any, Any, Scales]:
-        call = Call(fn, args, kwargs)
+        call = _call(fn, _with_arrays(args, wanted), kwargs)
+        if not call.gives_loss(has_aux):
+            raise TypeError(
+                "`fn` must return a scalar loss, or with `has_aux=True` a pair of one "
+                "and an auxiliary value."
+            )
+        inputs = _differentiable(call, wanted, len(args))
         shapes = jax.eval_shape(
             lambda *leaves: _through(call, leaves, formats, where, None)[1],
             *call.leaves,
@@ -214,34 +250,56 @@ def track_value_and_grad(
         probes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def loss(differentiated: Sequence[Any], probes: Any) -> Any:
-            given = list(args)
-            for i, x in zip(wanted, differentiated, strict=True):
-                given[i] = x
-            out, records = _run(fn, formats, where, probes, tuple(given), kwargs)
-            value, aux = out if has_aux else (out, None)
-            return value, (aux, records)
+            given = dict(enumerate(call.leaves))
+            given |= zip(inputs, differentiated, strict=True)
+            outs, records = _through(call, [*given.values()], formats, where, probes)
+            return outs[0], (outs, records)
 
-        (value, (aux, records)), (grads, caught) = jax.value_and_grad(
+        (_, (outs, records)), (found, caught) = jax.value_and_grad(
             loss, (0, 1), has_aux=True
-        )([args[i] for i in wanted], probes)
-        scales = _scales(records, caught, formats)
-        grads = tuple(grads) if several else grads[0]
-        return ((value, aux) if has_aux else value), grads, scales
+        )([call.leaves[i] for i in inputs], probes)
+        leaves = dict(enumerate(map(_no_gradient, call.leaves)))
+        leaves |= zip(inputs, found, strict=True)
+        grads = tuple(call.argument(i, [*leaves.values()]) for i in wanted)
+        out = call.result(outs)
+        return out, grads if several else grads[0], _scales(records, caught, formats)
 
     return tracked
 
 
-def _run(
-    fn: Callable[..., Any],
-    formats: Mapping[str, Format],
-    where: Callable[[Site], bool],
-    probes: Any,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> tuple[Any, Any]:
-    call = Call(fn, args, kwargs)
-    outs, records = _through(call, call.leaves, formats, where, probes)
-    return call.result(outs), records
+def _with_arrays(args: tuple[Any, ...], wanted: Sequence[int]) -> tuple[Any, ...]:
+    """Python numbers in what is differentiated as arrays; they are static elsewhere."""
+    given = list(args)
+    for i in wanted:
+        if -len(args) <= i < len(args):
+            given[i] = jax.tree.map(
+                lambda x: jnp.asarray(x) if isinstance(x, float) else x,
+                args[i],
+                is_leaf=is_variable,
+            )
+    return tuple(given)
+
+
+def _differentiable(call: Call, wanted: Sequence[int], n: int) -> list[int]:
+    """The inputs of floating point in the arguments that are differentiated."""
+    found: set[int] = set()
+    for i in wanted:
+        if not -n <= i < n:
+            raise TypeError(
+                f"`argnums` must be numbers of the {n} positional arguments, got {i}."
+            )
+        here = [j for j in call.inputs_of(i) if _is_float(call.leaves[j])]
+        if not here:
+            raise TypeError(
+                f"`argnums` must be of arguments with arrays of floating point, got "
+                f"{i}, which has none: choose others, or convert it."
+            )
+        found.update(here)
+    return sorted(found)
+
+
+def _no_gradient(x: Any) -> Any:
+    return np.zeros(x.shape, jax.dtypes.float0)
 
 
 def _through(
@@ -258,6 +316,23 @@ def _through(
     )
     outs, records = interpreter.run(call.region, side, values)
     return outs, {"arguments": record, **records}
+
+
+def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Call:
+    call = Call(fn, args, kwargs)
+    if any(map(is_statistics, call.region.walk())):
+        raise TypeError(
+            "`fn` must not be tracked already, but it computes statistics: a record of "
+            "them would be none of the model. Track once, outermost: "
+            "`track_scales(fn)` or `track_value_and_grad(loss)`, with other "
+            "transformations inside."
+        )
+    return call
+
+
+def is_statistics(equation: Equation) -> bool:
+    """Whether an equation is what this file counts of a tensor."""
+    return equation.is_own and equation.name == "_stats"
 
 
 def argument_sites(call: Call) -> list[Site | None]:

@@ -19,8 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._jaxpr import Call, Equation, Interpreter, Place, Region, Side, flow, is_literal
+from .._jaxpr import (
+    UNIT_SCALED,
+    Call,
+    Equation,
+    Interpreter,
+    Place,
+    Region,
+    Side,
+    flow,
+    is_literal,
+)
 from ..formats import quantize
+from .order import forward_only, refusal
 from .simulate import PRODUCTS
 from .track import (
     HIGHEST,
@@ -29,6 +40,7 @@ from .track import (
     Site,
     Tensor,
     argument_sites,
+    is_statistics,
     rms,
     sites,
 )
@@ -94,7 +106,11 @@ def unit_scale(
         step = jax.jit(jus.unit_scale(step, params, batch))
 
     `jax.grad(jus.unit_scale(loss, ...))` is the true gradient as well, but then only
-    the forward pass has unit scale: cotangents are what autodiff makes of it.
+    the forward pass has unit scale: cotangents are what autodiff makes of it. So it is
+    refused where they would be rounded to a format. `simulate_fp8(unit_scale(...))`
+    rounds the same data as `unit_scale(simulate_fp8(...))`, in a function that
+    differentiates. Around a tracked function the record is that of the true tensors,
+    as without it; `track_scales(unit_scale(...))` records the data.
 
     The example run is in float32 (or wider) with all rounding off: quantisation, casts
     to 16 bits or fewer. A scan's iterations and a shard_map's devices share one k;
@@ -116,7 +132,8 @@ def unit_scale(
         unit-scaled. Compile it with `jax.jit`, else each call traces anew.
 
     Raises:
-        TypeError: if `fn` is no function, or the example arguments are traced.
+        TypeError: if `fn` is no function, or the example arguments are traced; and by
+            a gradient of the result in which a cotangent would be rounded.
 
     Reference: Unit Scaling (Blake et al., 2023), section 4; powers of two as in
     Scalify (Balanca et al., 2024).
@@ -132,7 +149,8 @@ def unit_scale(
     for path, leaf in zip(call.paths, call.leaves, strict=True):
         if isinstance(leaf, jax.core.Tracer):
             raise TypeError(
-                f"`{path}` must be concrete, as its scale is measured, got {leaf}: "
+                f"`{path}` must be concrete, as its scale is measured, got a "
+                f"traced {jax.typeof(leaf)}: "
                 "call `unit_scale` outside of jit, grad and vmap."
             )
     # Where something else is being traced, this is not to be part of it.
@@ -154,7 +172,9 @@ class UnitScaled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = Call(self._fn, args, kwargs)
         self._check(call.region)
-        return call.result(self._run(call.region, call.leaves)[0])
+        with jax.named_scope(UNIT_SCALED):
+            outs, _ = self._run(call.region, call.leaves)
+        return call.result(outs)
 
     def report(self) -> tuple[Held, ...]:
         """How each tensor is held, in the order of computation.
@@ -413,6 +433,16 @@ class _UnitScale(Interpreter):
             values.append(value)
         return values
 
+    def begin(self, region: Region, cotangents: Sequence[bool]) -> None:
+        # The rule of a custom derivative, which is traced if it is asked for.
+        def transfer(equation: Equation, given: list[bool]) -> list[bool]:
+            if any(given) and _is_quantize(equation):
+                raise refusal()
+            return [any(given)] * len(equation.outvars)
+
+        opens = lambda e: e.can_be_opened and not _is_quantize(e)
+        flow(region, cotangents, transfer, join=max, bottom=False, opens=opens)
+
     def wants(self, equation: Equation) -> bool:
         is_whole = not equation.can_be_opened or _is_whole(equation)
         return is_whole and bool(equation.outvars)
@@ -482,10 +512,13 @@ class _UnitScale(Interpreter):
 
 
 def _is_quantize(equation: Equation) -> bool:
-    names = {f"_{quantize.__name__}{end}" for end in ("", "_fwd", "_bwd")}
     # What of it depends on no input a scan moves out of its loop: an empty equation.
-    rounds = equation.is_own and equation.name in names
-    return rounds and bool(equation.outvars)
+    return _is_one_of(equation, "", "_fwd", "_bwd") and bool(equation.outvars)
+
+
+def _is_one_of(equation: Equation, *ends: str) -> bool:
+    names = {f"_{quantize.__name__}{end}" for end in ends}
+    return equation.is_own and equation.name in names
 
 
 def _is_called(equation: Equation) -> bool:
@@ -495,16 +528,24 @@ def _is_called(equation: Equation) -> bool:
 
 
 def _is_whole(equation: Equation) -> bool:
-    """Whether an equation that could be opened is left as one: what rounds, and what
-    has a derivative of its own and no products."""
+    """Whether an equation that could be opened is left as one: what rounds or counts,
+    and what has a derivative of its own and no products."""
     custom = equation.primitive in ("custom_jvp_call", "custom_vjp_call")
     within = (e for region in equation.regions for e in region.walk())
-    return _is_quantize(equation) or (
-        custom and not any(e.primitive in PRODUCTS for e in within)
+    return (
+        is_statistics(equation)
+        or _is_quantize(equation)
+        or (
+            custom
+            and not equation.is_rebuilt
+            and not any(e.primitive in PRODUCTS for e in within)
+        )
     )
 
 
 def _why_truly(equation: Equation) -> str:
+    if is_statistics(equation):
+        return "statistics are those of true operands"
     if equation.can_be_opened:
         return f"{equation.name} has a derivative of its own: true operands"
     if equation.regions:
@@ -646,6 +687,11 @@ def _cast(here: _Here, x: Any) -> list[Any] | None:
 
 def _quantized(here: _Here, x: Any, *rest: Any) -> list[Any]:
     return _along(here, _settle(x, here.operands[0], CLOSE), *rest)
+
+
+def _unrounded(here: _Here, x: Any, *key: Any) -> list[Any]:
+    """The cotangent's rounding, of which a true gradient of this cannot be."""
+    return [Scaled(forward_only(x.data), x.exponent)]
 
 
 def _aligned(here: _Here, *args: Any) -> list[Any]:
@@ -790,8 +836,12 @@ def _rules(rule: _Rule, names: str) -> dict[str, _Rule]:
 
 
 def _rule(equation: Equation) -> _Rule | None:
+    if _is_one_of(equation, "_bwd"):
+        return _unrounded
     if _is_quantize(equation):
         return _quantized
+    if equation.is_own and equation.name == "forward_only":
+        return _along
     if equation.can_be_opened:  # a derivative of its own: of JAX's it is a true one
         return _aligned if equation.is_jax and _is_homogeneous(equation) else None
     return _RULES.get(equation.primitive)
