@@ -309,7 +309,7 @@ def _through(
     where: Callable[[Site], bool],
     probes: Any,
 ) -> tuple[Any, Any]:
-    interpreter = _Track(tuple(formats.values()), where, _parameters(call))
+    interpreter = _Track(tuple(formats.values()), where, parameters(call))
     side = Side(None, probes)
     values, record = interpreter.track(
         argument_sites(call), side.of("arguments"), leaves
@@ -345,7 +345,7 @@ def argument_sites(call: Call) -> list[Site | None]:
     ]
 
 
-def _parameters(call: Call) -> dict[Place, str]:
+def parameters(call: Call) -> dict[Place, str]:
     """Of equations that take one parameter, itself or cast or scaled, its path.
 
     NNX's modules leave no name in a jaxpr: `blocks/0/up/kernel/dot_general` says more

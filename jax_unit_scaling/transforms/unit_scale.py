@@ -41,6 +41,7 @@ from .track import (
     Tensor,
     argument_sites,
     is_statistics,
+    parameters,
     rms,
     sites,
 )
@@ -124,7 +125,8 @@ def unit_scale(
         example_args, example_kwargs: concrete arguments, such as the first batch.
             Variables of modules are not updated by the example run.
         scales: what `track_scales(fn)(*example_args)` returned beside the result (of a
-            training run, say), to use in place of the example run.
+            training run, say), to use in place of the example run. What it leaves out
+            has no scale; a constant has that of its own elements.
 
     Returns:
         A `UnitScaled`, a function like `fn`, also of other shapes (a last batch) if its
@@ -134,6 +136,7 @@ def unit_scale(
     Raises:
         TypeError: if `fn` is no function, or the example arguments are traced; and by
             a gradient of the result in which a cotangent would be rounded.
+        ValueError: if `scales` is a record of another function, or of other shapes.
 
     Reference: Unit Scaling (Blake et al., 2023), section 4; powers of two as in
     Scalify (Balanca et al., 2024).
@@ -156,7 +159,8 @@ def unit_scale(
     # Where something else is being traced, this is not to be part of it.
     traced = isinstance(jnp.zeros(()), jax.core.Tracer)
     with jax.ensure_compile_time_eval() if traced else contextlib.nullcontext():
-        measured = _calibrate(call) if scales is None else _recorded(scales)
+        measured = _calibrate(call) if scales is None else _recorded(call, scales)
+        measured |= _of_constants(call)
     return UnitScaled(fn, call, measured)
 
 
@@ -244,26 +248,55 @@ class _Measured:
 
 
 def _calibrate(call: Call) -> dict[Place, float]:
-    """The log2 of the scale of each tensor, by its place; of constants as well, which
-    count backwards from -1 in the place of their region."""
+    """The log2 of the scale of each tensor, by its place."""
     interpreter = _Calibrate()
-    inner = [r for equation in call.region.walk() for r in equation.regions]
     arguments = [_measure(x, (i,)) for i, x in enumerate(call.leaves)]
-    constants = [
-        _measure(x, (*region.place, -1 - i))
-        for region in (call.region, *inner)
-        for i, x in enumerate(region.consts)
-    ]
     # Not compiled as a whole: one kernel for each of thousands of tensors takes longer
     # than to run them.
     values = list(map(interpreter.lift, call.leaves))
     _, records = interpreter.run(call.region, Side(), values)
-    found = jax.tree.leaves((arguments, constants, records), is_leaf=_is_measured)
+    return _scales((arguments, records))
+
+
+def _of_constants(call: Call) -> dict[Place, float]:
+    """The same of constants, which count backwards from -1 in their region's place."""
+    inner = [r for equation in call.region.walk() for r in equation.regions]
+    return _scales(
+        [
+            _measure(x, (*region.place, -1 - i))
+            for region in (call.region, *inner)
+            for i, x in enumerate(region.consts)
+        ]
+    )
+
+
+def _scales(measured: Any) -> dict[Place, float]:
+    found = jax.tree.leaves(measured, is_leaf=_is_measured)
     return {x.place: _log2(x.size, x.scale) for x in jax.device_get(found)}
 
 
-def _recorded(scales: Scales) -> dict[Place, float]:
+def _recorded(call: Call, scales: Scales) -> dict[Place, float]:
+    """The same from a record, which is to be one of this call."""
+    names = parameters(call)
+    every = argument_sites(call)
+    for equation in call.region.walk():
+        every += sites(equation, names.get(equation.place, ""))
+    expected = {site.place: site for site in every if site is not None}
+    for tensor in scales.tensors:
+        ours, theirs = expected.get(tensor.site.place), tensor.site
+        if ours is None or _what(ours) != _what(theirs):
+            instead = f"{ours.name} {ours.shape}" if ours else "nothing"
+            raise ValueError(
+                "`scales` must be a record of `fn` on arguments like the example ones, "
+                f"but it has {theirs.name} {theirs.shape} where `fn` has {instead}: "
+                "record again, `_, scales = track_scales(fn)(*example_args)`."
+            )
     return {t.site.place: _recorded_scale(t) for t in scales.tensors}
+
+
+def _what(site: Site) -> tuple[str, tuple[int, ...]]:
+    """A tensor's name, without the line that it may begin with, and its shape."""
+    return site.name.removeprefix(site.source.split("/")[-1]), site.shape
 
 
 def _recorded_scale(tensor: Tensor) -> float:
