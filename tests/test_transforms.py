@@ -411,6 +411,41 @@ def test_a_cotangent_that_is_given_is_recognised():
     same(dw, (_q5(g).T @ _q4(x)).T)
 
 
+STARTS = {
+    "a number": (lambda loss: lambda p, x: jax.vjp(loss, p, x)[1](1024.0), ()),
+    "another": (lambda loss: lambda p, x: jax.vjp(loss, p, x)[1](jnp.float32(3)), ()),
+    "computed": (
+        lambda loss: lambda p, x: jax.vjp(loss, p, x)[1](jnp.full((), 3.0) * 2),
+        (),
+    ),
+    "under jit": (
+        lambda loss: jax.jit(lambda p, x: jax.vjp(jax.jit(loss), p, x)[1](1024.0)),
+        (),
+    ),
+    "an argument": (lambda loss: lambda p, x, g: jax.vjp(loss, p, x)[1](g), (5.0,)),
+    "one that is divided by": (
+        lambda loss: (
+            lambda p, x, g: jax.tree.map(lambda d: d / g, jax.vjp(loss, p, x)[1](g))
+        ),
+        (5.0,),
+    ),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    "name",
+    ["convnet in Linen", pytest.param("transformer in NNX", marks=pytest.mark.slow)],
+)
+def test_a_cotangent_is_recognised_by_what_starts_it(name, start):
+    loss, params, x = MODELS[name]()
+    reference, *_ = MODELS[name](DOT, CONV)
+    pull, given = STARTS[start]
+    args = (params, x, *map(jnp.float32, given))
+    want = jax.jit(pull(reference))(*args)
+    same(jax.jit(simulate_fp8(pull(loss)))(*args), want)
+
+
 def test_it_goes_inside_shard_map():
     mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
     x, w = normal(4, 8), normal(8, 5, seed=1)
