@@ -54,6 +54,8 @@ from jax.sharding import PartitionSpec as P
 Place = tuple[int, ...]
 _PACKAGE = str(Path(__file__).parent)
 _JAX = str(Path(jax.__file__).parent)
+# The name scope of what `unit_scale` computes; in no path.
+UNIT_SCALED = "jax_unit_scaling.unit_scale"
 Value = Any
 
 
@@ -173,7 +175,8 @@ class Equation:
     def path(self) -> str:
         """The scope without what differentiation and vmap wrote: the user's names."""
         parts = re.sub(r"\w+\(|\)", "", self.scope).split("/")
-        return "/".join(p for p in parts if p and p != "rematted_computation")
+        others = ("", "rematted_computation", UNIT_SCALED)
+        return "/".join(p for p in parts if p not in others)
 
     @property
     def is_backward(self) -> bool:
@@ -220,6 +223,12 @@ class Equation:
     def is_jax(self) -> bool:
         """Whether what it calls is a function of JAX, as `jax.nn.relu` is."""
         return _JAX in str(getattr(self._debug_info, "func_src_info", ""))
+
+    @property
+    def is_rebuilt(self) -> bool:
+        """Whether it is a custom derivative that a transformation has built again."""
+        source = str(getattr(self._debug_info, "func_src_info", ""))
+        return self.primitive == "custom_vjp_call" and __file__ in source
 
     @property
     def _debug_info(self) -> Any:
@@ -903,35 +912,22 @@ class Call:
         method = getattr(fn, "__func__", None)
         fn = fn if method is None else fn.__self__
         everything = {"fn": fn, "args": args, "kwargs": kwargs}
-        paths, parts, tree = _flatten(everything, _is_variable)
-        self._variables = _distinct([x for x in parts if _is_variable(x)])
-        values = [jax.tree.flatten(v) for v in self._variables]
-        flat = [x for leaves, _ in values for x in leaves]
-        flat += [x for x in parts if not _is_variable(x)]
-        is_input = list(map(_is_array, flat))
-        self.leaves = [x for x, dynamic in zip(flat, is_input, strict=True) if dynamic]
-        self.paths = self._paths(paths, parts, is_input)
+        paths, self._parts, self._structure = _flatten(everything, is_variable)
+        self._variables = _distinct([x for x in self._parts if is_variable(x)])
+        self._values = [jax.tree.flatten(v) for v in self._variables]
+        flat = [x for leaves, _ in self._values for x in leaves]
+        self._flat = flat + [x for x in self._parts if not is_variable(x)]
+        is_input = list(map(_is_array, self._flat))
+        self.leaves = [x for x in self._flat if _is_array(x)]
+        self.paths = self._paths(paths, self._parts, is_input)
 
         def flat_fn(*leaves: Any) -> list[Any]:
-            rest = iter(leaves)
-            filled = iter(
-                [
-                    next(rest) if dynamic else x
-                    for x, dynamic in zip(flat, is_input, strict=True)
-                ]
-            )
-            copies = [
-                jax.tree.unflatten(tree, [next(filled) for _ in leaves])
-                for leaves, tree in values
-            ]
-            where = {id(v): copy for v, copy in zip(self._variables, copies)}  # noqa: B905
-            given = jax.tree.unflatten(
-                tree, [where[id(x)] if id(x) in where else next(filled) for x in parts]
-            )
+            given, copies = self._filled(leaves)
             call = given["fn"] if method is None else ft.partial(method, given["fn"])
             before = [jax.tree.leaves(v) for v in copies]
             out = call(*given["args"], **given["kwargs"])
-            if jax.tree.structure(given, is_leaf=_is_variable) != tree:
+            after = jax.tree.structure(given, is_leaf=is_variable)
+            if after != self._structure:
                 raise ValueError(
                     "`fn` must keep the structure of the modules it is given, but it "
                     "added or removed attributes: transform a function of "
@@ -950,6 +946,39 @@ class Call:
             return [x for x in self._out if _is_array(x)]
 
         self.region = Region(*_open(jax.make_jaxpr(flat_fn)(*self.leaves)))
+
+    def gives_loss(self, has_aux: bool) -> bool:
+        """Whether it returns one array, or a pair of one and an auxiliary value, which
+        is the first output then."""
+        tree: Any = self._tree
+        value = tree.children()[0]
+        if has_aux:
+            pair = value.children()
+            value = pair[0] if len(pair) == 2 else value
+        return jax.tree_util.treedef_is_leaf(value) and self._is_output[0]
+
+    def argument(self, i: int, leaves: Sequence[Any]) -> Any:
+        """The positional argument `i` with these values in place of the inputs."""
+        return self._filled(leaves)[0]["args"][i]
+
+    def inputs_of(self, i: int) -> list[int]:
+        """Which inputs are in the positional argument `i`."""
+        numbers = list(map(_Number, range(len(self.leaves))))
+        found = jax.tree.leaves(self.argument(i, numbers))
+        return [x.number for x in found if isinstance(x, _Number)]
+
+    def _filled(self, leaves: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """What the call is of, with these values in place of the inputs, and the
+        copies of variables in it."""
+        rest = iter(leaves)
+        filled = iter([next(rest) if _is_array(x) else x for x in self._flat])
+        copies = [
+            jax.tree.unflatten(tree, [next(filled) for _ in leaves])
+            for leaves, tree in self._values
+        ]
+        where = {id(v): copy for v, copy in zip(self._variables, copies, strict=True)}
+        parts = [where[id(x)] if id(x) in where else next(filled) for x in self._parts]
+        return jax.tree.unflatten(self._structure, parts), copies
 
     def result(self, outs: Sequence[Any]) -> Any:
         """What the function returns, given its flat outputs; variables are set."""
@@ -972,7 +1001,7 @@ class Call:
             for v in self._variables
             for path in _flatten(v)[0]
         ]
-        named += [p for p, x in zip(paths, parts, strict=True) if not _is_variable(x)]
+        named += [p for p, x in zip(paths, parts, strict=True) if not is_variable(x)]
         return [p for p, dynamic in zip(named, is_input, strict=True) if dynamic]
 
 
@@ -986,7 +1015,14 @@ def _flatten(
     return paths, [leaf for _, leaf in found], structure
 
 
-def _is_variable(x: Any) -> bool:
+@dataclasses.dataclass(frozen=True)
+class _Number:
+    """The number of an input, in its place: a leaf, unlike a tuple."""
+
+    number: int
+
+
+def is_variable(x: Any) -> bool:
     return hasattr(x, "set_raw_value") and hasattr(x, "get_raw_value")
 
 

@@ -67,6 +67,27 @@ def histogram(arrays: Iterable[jax.typing.ArrayLike]) -> Histogram:
     return Histogram(exponent, count / values.size, float(np.mean(values == 0)))
 
 
+def pooled(tracked: Iterable[Stats | None]) -> Histogram:
+    """The histogram of all elements of several tracked tensors, or of cotangents.
+
+    As `histogram`'s of the elements themselves, but that the first and the last binade
+    hold what lies beyond them. None stands for no elements.
+
+    Raises:
+        ValueError: if there is no element.
+    """
+    sides = [jax.tree.map(np.asarray, s) for s in tracked if s is not None]
+    size = sum(float(s.size.sum()) for s in sides)
+    if not size:
+        raise ValueError("`tracked` must be of at least one element, got none.")
+    binades = np.arange(LOWEST, HIGHEST + 1)
+    count = sum(s.histogram.reshape(-1, binades.size).sum(0) for s in sides)
+    share = np.asarray(count, np.float64) / size
+    zero = sum(float(s.zeros.sum()) for s in sides) / size
+    seen = share > 0
+    return Histogram(binades[seen], share[seen], zero)
+
+
 def histograms(
     rows: Mapping[str, Mapping[str, Histogram]],
     *,

@@ -256,6 +256,8 @@ _FACTOR = _Values("finite and positive", lambda x: 0 < x < math.inf)
 _FUNCTION = _Values("a function", callable)
 _DTYPE = _Values("None or a floating-point dtype", _is_floating)
 
+_KERNEL = _Values('"xla" or "cudnn"', lambda x: x in ("xla", "cudnn"))
+
 # A name stands for the same in all functions and modules, Flax's own arguments too.
 _VALUES: dict[str, _Values] = {
     name: values
@@ -275,6 +277,7 @@ _VALUES: dict[str, _Values] = {
         (_FACTOR, "output_scale logits_scale mult rotary_base"),
         (_DTYPE, "dtype param_dtype lora_dtype lora_param_dtype"),
         (_DTYPE, "preferred_element_type"),
+        (_KERNEL, "implementation"),
         (_FUNCTION, "promote_dtype lora_promote_dtype conv_general_dilated_cls"),
         (_FUNCTION, "dot_general_cls qkv_dot_general_cls out_dot_general_cls"),
     )

@@ -161,6 +161,11 @@ class _Native(Interpreter):
 # -- The product -----------------------------------------------------------------------
 
 
+def is_product(equation: Equation) -> bool:
+    """Whether it is a native product, with its rule."""
+    return equation.is_own and equation.name == _dot.__name__
+
+
 def dot_general(
     lhs: Float[Array, "..."],
     rhs: Float[Array, "..."],

@@ -106,6 +106,21 @@ def test_pictures_show_every_tensor_where_it_is(scales):
     assert any("zero" in t.get_text() for t in figure.axes[0].texts)  # of the relu
 
 
+def test_statistics_pool_to_the_histogram_of_their_elements(scales):
+    y = X @ W * 1e-4
+    x = X.at[0].set(0)
+    (zeros,) = jus.track_scales(lambda x: None)(x)[1].values()
+    product = scales["up/dot_general"].forward
+    got = analysis.pooled([zeros.forward, None, product])
+    want = analysis.histogram([x, y])
+    np.testing.assert_array_equal(got.exponent, want.exponent)
+    # Of a number near a power of two the compiled product may be on its other side.
+    np.testing.assert_allclose(got.share, want.share, atol=2 / (X.size * 2))
+    assert got.zero == want.zero == 32 / (2 * X.size)
+    with pytest.raises(ValueError, match="`tracked` must be of at least one element"):
+        analysis.pooled([None])
+
+
 def test_a_comparison_joins_by_name_or_by_order(scales):
     large = tracked(W * 1e-4 * 2**6)
     table, picture = analysis.compare(scales, large, names=("small", "large"))

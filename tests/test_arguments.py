@@ -71,6 +71,7 @@ WRONG = {
     **_all("padding", "EXACT", 1.5),
     **_all("local_window_size", -1, "a", (1, 2, 3)),
     **_all("formats", "fp8", jus.E4M3),
+    **_all("implementation", "triton", 1),
     **_all("mask", "a", np.ones((2, 2))),
     **_all("rngs", 0, "key"),
     **_all("rng_collection collection_name", 1),

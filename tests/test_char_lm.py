@@ -11,9 +11,11 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments.char_lm.demo import DemoConfig, demo
-from experiments.char_lm.model import ModelConfig
+from experiments.char_lm.histogram import initial_histograms
+from experiments.char_lm.model import ModelConfig, make_loss, make_model
 from experiments.char_lm.sweep import SweepConfig, sweep
 from experiments.char_lm.train import (
     TrainConfig,
@@ -21,8 +23,9 @@ from experiments.char_lm.train import (
     read_scales,
     train,
 )
-from experiments.shared.data import load_corpus
+from experiments.shared.data import load_corpus, train_batch
 from experiments.shared.record import read_metrics
+from jax_unit_scaling import analysis
 
 
 @pytest.fixture
@@ -84,6 +87,27 @@ def test_scales_are_recorded_at_an_interval_and_change_nothing(folder, parametri
     assert (tracked.out / "scales.png").stat().st_size > 10_000
 
 
+def test_the_values_at_initialisation_are_those_of_the_model(folder):
+    config = _config(folder, parametrisation="regular")
+    corpus = load_corpus(folder)
+    b = train_batch(corpus.train, step=0, seed=0, batch=4, length=32)
+    vocabulary = len(corpus.vocabulary)
+    found = initial_histograms(config.model, vocabulary, 0, b.inputs, b.targets)
+    graph, params = nnx.split(make_model(config.model, vocabulary, 0))
+    loss = lambda p: make_loss(config.model)(nnx.merge(graph, p)(b.inputs), b.targets)
+    grads = jax.jit(jax.grad(loss))(params)
+    for name, values in (("weights", params), ("weight gradients", grads)):
+        want = analysis.histogram(jax.tree.leaves(values))
+        got = dict(zip(found[name].exponent, found[name].share, strict=True))
+        for exponent, share in zip(want.exponent, want.share, strict=True):
+            # Compiled, a gradient on the edge of a binade may be in the other.
+            assert abs(got.get(exponent, 0) - share) < 1e-3, exponent
+    # Inputs of q, k, v, up and the readout are normalised; those of out and down not.
+    seen = found["activations"]
+    scale = np.sqrt(seen.share @ (7 / 3 * 4.0**seen.exponent) / seen.share.sum())
+    assert 0.3 < scale < 1.2
+
+
 def test_a_killed_run_loses_one_interval_and_ends_with_the_same_numbers(folder):
     config = dataclasses.replace(_config(folder), steps=300, checkpoint_every=50)
     whole = dataclasses.replace(config, out=folder / "whole")
@@ -120,8 +144,9 @@ def test_a_corrupt_checkpoint_is_named(folder):
     assert np.isfinite(train(config, progress=False)["valid_bits"])
 
 
-def test_the_training_step_rounds_on_every_platform(folder):
-    config = _config(folder, precision="fp8")
+@pytest.mark.parametrize("parametrisation", ["unit", "regular"])
+def test_the_training_step_rounds_on_every_platform(folder, parametrisation):
+    config = _config(folder, parametrisation=parametrisation, precision="fp8")
     task = make_task(config, 64)
     ids = jax.ShapeDtypeStruct((config.batch, config.length), np.int32)
     platforms = ("tpu", "cuda", "cpu")
@@ -131,6 +156,9 @@ def test_the_training_step_rounds_on_every_platform(folder):
     # rounds its operands, backward each rounds its cotangent.
     assert len(re.findall(r"call @_quantize", text)) == 7 * 2 + 3 + 8
     assert "round_nearest_even" in text and "f8E" not in text
+    # So does evaluation, forward.
+    text = str(jax.make_jaxpr(task.nats)(task.state, ids, ids))
+    assert len(re.findall(r"name=_quantize\b", text)) == 7 * 2 + 3
 
 
 def test_a_folder_of_another_run_is_refused(folder):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from models import INPUTS, MODELS, REFERENCE, TREES, Stateful, normal
 
@@ -171,20 +172,98 @@ def _mean_square(model, x):
     return jnp.mean(model(x) ** 2)
 
 
-@pytest.mark.parametrize("transformation", ["track_scales", "unit_scale"])
-def test_statistics_and_random_counts_are_updated(transformation):
+def _normalised(model, x):
+    return jnp.mean(jnp.sin(model.norm(model.up(x))) ** 2)
+
+
+def _dropped(model, x):
+    return jnp.mean(model.drop(model.up(x)) ** 2)
+
+
+LOSSES = {"BatchNorm": _normalised, "Dropout": _dropped}
+_track_grad = ft.partial(jus.track_value_and_grad, where=_is_argument_or_product)
+# Each gives a function of (module, x) whose first result is the loss.
+STATEFUL = {
+    "simulate_format": lambda f, *args: jus.simulate_format(f, None, None),
+    "track_scales": lambda f, *args: jus.track_scales(f, where=_is_argument_or_product),
+    "track_value_and_grad of x": lambda f, *args: _track_grad(f, 1),
+    "track_value_and_grad of both": lambda f, *args: _track_grad(f, (0, 1)),
+    "unit_scale": lambda f, *args: jus.unit_scale(f, *args),
+    "tracked, simulated and unit-scaled": lambda f, *args: jus.track_scales(
+        jus.unit_scale(jus.simulate_format(f, None, None), *args)
+    ),
+    "nnx.grad of it": lambda f, *args: nnx.value_and_grad(
+        jus.simulate_format(f, None, None), argnums=1
+    ),
+    "nnx.jit of it": lambda f, *args: nnx.jit(_track_grad(f, 1)),
+    "of nnx.grad": lambda f, *args: jus.unit_scale(
+        nnx.value_and_grad(f, argnums=1), *args
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", STATEFUL)
+def test_statistics_and_random_counts_are_updated(name, loss):
     x = normal(16, 8)
     plain, model = Stateful(), Stateful()
-    want = [_mean_square(plain, x), _mean_square(plain, x)]
-    if transformation == "track_scales":
-        f = jus.track_scales(_mean_square)
-        got = [f(model, x)[0], f(model, x)[0]]
-    else:
-        f = jus.unit_scale(_mean_square, model, x)
-        got = [f(model, x), f(model, x)]
+    f = STATEFUL[name](LOSSES[loss], model, x)
+    want = [LOSSES[loss](plain, x) for _ in range(2)]
+    got = [jax.tree.leaves(f(model, x))[0] for _ in range(2)]
     np.testing.assert_allclose(got, want, rtol=1e-5)
-    assert model.drop.rngs.count[...] == plain.drop.rngs.count[...] == 2
-    np.testing.assert_allclose(model.norm.mean[...], plain.norm.mean[...], rtol=1e-5)
+    _equal_state(model, plain)
+    changed = nnx.state(Stateful(), (nnx.BatchStat, nnx.RngCount))
+    assert not all(
+        np.array_equal(a, b)
+        for a, b in zip(*map(jax.tree.leaves, (changed, _state(model))), strict=True)
+    )
+
+
+def _state(model):
+    return nnx.state(model, (nnx.BatchStat, nnx.RngCount))
+
+
+def _equal_state(a, b):
+    pairs = zip(*map(jax.tree.leaves, (_state(a), _state(b))), strict=True)
+    for x, y in pairs:
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("argnums", [0, 1, (0, 1), -2])
+def test_a_modules_gradients_are_those_of_its_arrays(argnums):
+    x, model = normal(16, 8), Stateful()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def of_arrays(params, x):
+        return _mean_square(nnx.merge(graph, params, rest, copy=True), x)
+
+    value, want = jax.value_and_grad(of_arrays, argnums)(params, x)
+    track = _track_grad(_mean_square, argnums)
+    got_value, got, scales = track(model, x)
+    np.testing.assert_allclose(got_value, value, rtol=1e-6)
+    given = got if isinstance(argnums, tuple) else (got,)
+    flat = [nnx.state(g, nnx.Param) if isinstance(g, Stateful) else g for g in given]
+    for g, w in zip(*map(jax.tree.leaves, (flat, want)), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-6)
+    assert scales["args/0/up/kernel"].backward is not None
+    for g in given:
+        if isinstance(g, Stateful):  # nothing of an integer, nor of a key
+            assert g.drop.rngs.count[...].dtype == jax.dtypes.float0
+
+
+def test_what_has_no_gradient_is_refused():
+    with pytest.raises(TypeError, match="`argnums` must be of arguments .* got 1"):
+        jus.track_value_and_grad(lambda x, n: x * n, 1)(1.0, jnp.arange(1))
+    with pytest.raises(
+        TypeError, match="`argnums` must be numbers of the 1 positional"
+    ):
+        jus.track_value_and_grad(lambda x: x, 1)(jnp.ones(()))
+    with pytest.raises(TypeError, match="`fn` must return a scalar loss"):
+        jus.track_value_and_grad(lambda x: (x, x))(1.0)
+    value, grad, _ = jus.track_value_and_grad(lambda x: (x**2, "aux"), has_aux=True)(
+        3.0
+    )
+    assert value == (9.0, "aux") and grad == 6.0
 
 
 def test_an_audit_leaves_state_alone():

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.transformed.cost import KINDS, CostConfig, compile_once, steps
+from experiments.transformed.cost import KINDS, CostConfig, compile_once, cost, steps
 from experiments.transformed.train import VARIANTS, TransformedConfig, compare
 
 
@@ -46,3 +46,11 @@ def test_the_cost_is_that_of_the_same_step(tmp_path):
     times = compile_once(config, "unit_scale")
     assert times["all"] == times["trace"] + times["compile"] > 0
     assert {*steps(config)["times"]} == {*KINDS}
+
+
+def test_the_cost_of_statistics_is_told_by_size(capsys):
+    config = CostConfig(statistics=True, log2_sizes=(3, 9), step_repeats=1)
+    rows = cost(config)["tracking"]
+    assert [row["elements"] for row in rows] == ["2^3", "2^9"]
+    assert all(float(row["statistics, ms"]) > 0 for row in rows)
+    assert "2^9" in capsys.readouterr().out

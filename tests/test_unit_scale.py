@@ -811,6 +811,49 @@ def test_scales_may_come_from_a_record():
     assert max(off) < 0.5 and np.median(off) < 1e-3
 
 
+def test_a_record_of_another_function_is_refused():
+    f = lambda x, w: jnp.sum(jnp.sin(x @ w))
+    record = lambda g, *args: jus.track_scales(g)(*args)[1]
+    start = r"`scales` must be a record of `fn` .* but it has "
+    for other, args, what in (
+        (
+            lambda x, w: jnp.sum(jnp.cos(x @ w)),
+            (X, W),
+            r".*cos .* where `fn` has .*sin",
+        ),
+        (
+            lambda x, w: jnp.sum(jnp.sin(x @ w) * x),
+            (X, W),
+            r".*mul .* has .*reduce_sum",
+        ),
+        (lambda x, w: jnp.sum(jnp.sin(x @ w)) + 1, (X, W), r".*add .* has nothing"),
+        (f, (X[:2], W), r"args/0 \(2, \d+\) where `fn` has args/0 \(\d+, \d+\)"),
+        (lambda x, v: f(x, v["w"]), (X, {"w": W}), r"args/1/w .* has args/1 "),
+    ):
+        with pytest.raises(ValueError, match=start + what):
+            unit_scale(f, X, W, scales=record(other, *args))
+
+    def moved(x, w):
+        # The same function, on other lines.
+        y = x @ w
+        return jnp.sum(jnp.sin(y))
+
+    same(
+        unit_scale(f, X, W, scales=record(moved, X, W))(X, W), unit_scale(f, X, W)(X, W)
+    )
+
+
+def test_with_a_record_constants_have_their_own_scale():
+    constant = W * 2.0**30
+    f = lambda x: lax.map(lambda row: row @ constant, x) @ constant
+    _, scales = jus.track_scales(f)(X)
+    recorded, measured = unit_scale(f, X, scales=scales), unit_scale(f, X)
+    for a, b in zip(recorded.report(), measured.report(), strict=True):
+        assert a.exponent == b.exponent
+    jaxpr = str(jax.make_jaxpr(recorded)(X))
+    assert jaxpr == str(jax.make_jaxpr(measured)(X))
+
+
 def test_other_shapes_share_the_exponents():
     loss, params, x = _transformer(**BAD)
     u = unit_scale(jax.value_and_grad(loss), params, x)

@@ -1,57 +1,44 @@
 """The values of a model's products at initialisation, forward and backward."""
 
-import functools as ft
-from collections import defaultdict
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
-from jax_unit_scaling.analysis import Histogram, histogram
+import jax_unit_scaling as jus
+from jax_unit_scaling.analysis import Histogram, pooled
 
-from .model import ModelConfig, make_loss, make_model
+from .model import ModelConfig, is_linear, make_loss, make_model
 
 
 def initial_histograms(
     config: ModelConfig, vocabulary: int, seed: int, inputs: Any, targets: Any
 ) -> dict[str, Histogram]:
     """Of weights, activations into linear layers, and the gradients of either."""
-    model = make_model(config, vocabulary, seed)
-    seen: defaultdict[str, list[np.ndarray]] = defaultdict(list)
+    graph, params = nnx.split(make_model(config, vocabulary, seed))
+    mean = make_loss(config)
 
-    def keep(kind: str, x: jax.Array) -> None:
-        jax.debug.callback(lambda value: seen[kind].append(np.asarray(value)), x)
+    def loss(params: Any) -> jax.Array:
+        return mean(nnx.merge(graph, params)(inputs), targets)
 
-    for _, layer in nnx.iter_modules(model):
-        if isinstance(layer, nnx.Linear | nnx.LinearGeneral):
-            plain = layer.dot_general or jax.lax.dot_general
-            layer.dot_general = ft.partial(_observed, keep, plain)
-    graph, params = nnx.split(model)
-    loss = make_loss(config)
-    grads = jax.grad(lambda p: loss(nnx.merge(graph, p)(inputs), targets))(params)
-    jax.effects_barrier()
-    seen |= {
-        "weights": jax.tree.leaves(params),
-        "weight gradients": jax.tree.leaves(grads),
+    # Rounding to float32 changes nothing, and marks what a linear layer multiplies.
+    fp32 = jus.Formats(jus.FP32, jus.FP32)
+    marked = jus.simulate_format(loss, choose=lambda p: fp32 if is_linear(p) else None)
+    _, _, scales = jax.jit(jus.track_value_and_grad(marked, where=_is_seen))(params)
+    tensors = scales.values()
+    weights = [t for t in tensors if t.site.source == "argument"]
+    rounded = [t for t in tensors if t.site.source != "argument"]
+    activations = [t for t in rounded if t.site.name.endswith("/_quantize_fwd")]
+    outputs = [t for t in rounded if t.site.name.endswith("/_quantize_bwd")]
+    return {
+        "weights": pooled(t.forward for t in weights),
+        "activations": pooled(t.forward for t in activations),
+        "activation gradients": pooled(t.backward for t in outputs),
+        "weight gradients": pooled(t.backward for t in weights),
     }
-    kinds = ("weights", "activations", "activation gradients", "weight gradients")
-    return {kind: histogram(seen[kind]) for kind in kinds}
 
 
-def _observed(
-    keep: Any, product: Any, lhs: jax.Array, rhs: jax.Array, *args: Any, **more: Any
-) -> jax.Array:
-    """A product that shows its left operand and its output's cotangent to `keep`."""
-
-    @jax.custom_vjp
-    def watch(y: jax.Array) -> jax.Array:
-        return y
-
-    def bwd(_: None, g: jax.Array) -> tuple[jax.Array]:
-        keep("activation gradients", g)
-        return (g,)
-
-    watch.defvjp(lambda y: (y, None), bwd)
-    keep("activations", lhs)
-    return watch(product(lhs, rhs, *args, **more))
+def _is_seen(site: Any) -> bool:
+    """Parameters, and what is rounded but for them."""
+    is_weight = site.name.startswith("args/") and site.source != "argument"
+    return site.source == "argument" or ("/_quantize" in site.name and not is_weight)

@@ -91,7 +91,6 @@ class RegularBlock(nnx.Module):
             "dtype": config.dtype,
             "rngs": rngs,
         }
-        rounded = ft.partial(_dot_general, formats=config.formats)
         norm = ft.partial(
             nnx.RMSNorm, width, use_scale=False, dtype=config.dtype, rngs=rngs
         )
@@ -100,14 +99,12 @@ class RegularBlock(nnx.Module):
             width // config.head_size,
             width,
             decode=False,
-            qkv_dot_general=rounded,
-            out_dot_general=rounded,
             attention_fn=ft.partial(_attention, formats=config.formats),
             **common,
         )
         self.attention_weight = config.attention_weight
-        self.up = nnx.Linear(width, 4 * width, dot_general=rounded, **common)
-        self.down = nnx.Linear(4 * width, width, dot_general=rounded, **common)
+        self.up = nnx.Linear(width, 4 * width, **common)
+        self.down = nnx.Linear(4 * width, width, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         attended = self.attention(self.attention_norm(x), is_causal=True)
@@ -129,7 +126,6 @@ class RegularModel(nnx.Module):
             width,
             vocabulary,
             use_bias=False,
-            dot_general=ft.partial(_dot_general, formats=config.formats),
             dtype=dtype,
             rngs=rngs,
         )
@@ -165,14 +161,21 @@ def make_loss(config: ModelConfig) -> Any:
     return regular
 
 
-def _dot_general(
-    lhs: jax.Array, rhs: jax.Array, *args: Any, formats: jus.Formats | None, **more: Any
-) -> jax.Array:
-    """A plain product, rounded as the unit-scaled one is, without its factors."""
-    if formats is None or formats.fwd is None or formats.bwd is None:
-        return jax.lax.dot_general(lhs, rhs, *args, **more)
-    lhs, rhs = (jus.quantize_fwd(x, formats.fwd) for x in (lhs, rhs))
-    return jus.quantize_bwd(jax.lax.dot_general(lhs, rhs, *args, **more), formats.bwd)
+def simulated(config: ModelConfig, fn: Any) -> Any:
+    """`fn` of the model in its precision: linear layers of the plain one are rounded.
+
+    The unit-scaled model's round by themselves. So does either attention, which keeps
+    the softmax's output and its cotangent as they are.
+    """
+    if config.parametrisation == "unit" or config.formats is None:
+        return fn
+    formats = config.formats
+    return jus.simulate_fp8(fn, choose=lambda p: formats if is_linear(p) else None)
+
+
+def is_linear(product: jus.Product) -> bool:
+    """Attention's own products have four axes, of batch and heads two."""
+    return len(product.rhs) < 4
 
 
 def _attention(

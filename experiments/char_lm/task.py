@@ -11,7 +11,7 @@ from flax import nnx
 
 import jax_unit_scaling as jus
 
-from .model import ModelConfig, Parametrisation, make_loss, make_model
+from .model import ModelConfig, Parametrisation, make_loss, make_model, simulated
 
 Optimiser = Literal["adam", "lion"]
 
@@ -60,14 +60,14 @@ def make_training(
         value_and_grad: Callable[..., Any] = jax.value_and_grad,
     ) -> Any:
         params, opt_state = state
-        value, grads, *scales = value_and_grad(
-            lambda p: loss(nnx.merge(graph, p)(inputs), targets)
-        )(params)
+        rounded = simulated(model, lambda p: loss(nnx.merge(graph, p)(inputs), targets))
+        value, grads, *scales = value_and_grad(rounded)(params)
         updates, opt_state = make_optimiser(rate).update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), value, *scales
 
     def nats(state: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, state[0])(inputs).astype(jnp.float32)
+        call = simulated(model, lambda p: nnx.merge(graph, p)(inputs))
+        logits = call(state[0]).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
     return Training(graph, init, step, nats)

@@ -1,7 +1,8 @@
 """What transforming costs: `python -m experiments.transformed.cost`.
 
 Compilation (traced, lowered and compiled in a fresh process) and steps of a training
-step of the unmodified model in bfloat16, transformed beside plain, in turn.
+step of the unmodified model in bfloat16, transformed beside plain, in turn. With
+`--statistics` what the statistics of one tensor cost instead, by its size.
 """
 
 import dataclasses
@@ -52,10 +53,16 @@ class CostConfig:
     """Rounds of processes that compile."""
     step_repeats: int = 15
     """Rounds of measurements of a step, for as long as a second each."""
+    statistics: bool = False
+    """Measure what `track_scales` computes of one tensor, and nothing else."""
+    log2_sizes: tuple[int, ...] = (16, 20, 24, 26)
+    """The tensor's numbers of elements, for `statistics`."""
 
 
 def cost(config: CostConfig) -> dict[str, Any]:
     """Measures, writes cost.json and prints the table."""
+    if config.statistics:
+        return tracking(config)
     settings = dataclasses.asdict(config) | {"out": str(config.out)}
     call = (
         "import json; from experiments.transformed import cost; "
@@ -73,6 +80,32 @@ def cost(config: CostConfig) -> dict[str, Any]:
     title += f"{config.depth} layers, {config.batch} x {config.length} tokens, bfloat16"
     Console(width=100).print(analysis.table(summary(record), title=title))
     return record
+
+
+def tracking(config: CostConfig) -> dict[str, Any]:
+    """The milliseconds of a tensor's statistics, beside those of its mean square."""
+    kinds = {
+        "mean square, ms": jax.jit(lambda x: (x**2).mean()),
+        "statistics, ms": jax.jit(lambda x: jus.track_scales(lambda x: None)(x)[1]),
+    }
+    rows = []
+    for k in config.log2_sizes:
+        x = jax.random.normal(jax.random.key(0), (2 ** (k // 2), 2 ** (k - k // 2)))
+        row = {"elements": f"2^{k}"}
+        for name, fn in kinds.items():
+            seconds = [_seconds(fn, x) for _ in range(config.step_repeats + 1)]
+            row[name] = f"{1e3 * statistics.median(seconds[1:]):.3f}"
+        rows.append(row)
+    device = jax.devices()[0].device_kind
+    title = f"{device}, jax {jax.__version__}, float32"
+    Console(width=100).print(analysis.table(rows, title=title))
+    return {"device": device, "jax": jax.__version__, "tracking": rows}
+
+
+def _seconds(fn: Callable[..., Any], x: jax.Array) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(fn(x))
+    return time.perf_counter() - start
 
 
 def summary(record: dict[str, Any]) -> list[dict[str, str]]:

@@ -107,10 +107,6 @@ def _attention_rule(
             "`dropout_rate` must be in [0, 1), and above 0 with a `dropout_key`, got "
             f"{dropout_rate} and {dropout_key}."
         )
-    if implementation not in ("xla", "cudnn"):
-        raise ValueError(
-            f'`implementation` must be "xla" or "cudnn", got {implementation!r}.'
-        )
     if implementation == "cudnn" and (dropout_rate or query_positions is not None):
         raise ValueError(
             '`implementation="cudnn"` has neither dropout nor `query_positions` (nor '

@@ -169,12 +169,21 @@ def audit_gradients(
 
     Raises:
         TypeError: where called, if `fn` does not return a scalar, or contains a
-            backward pass already, in which factors are no more to be told apart.
+            backward pass already, in which factors are no more to be told apart; or if
+            an argument is traced.
     """
     wanted = check_argnums(fn, argnums)
 
     def audited(*args: Any, **kwargs: Any) -> Audit:
         call, inputs = traced_loss(fn, wanted, has_aux, args, kwargs)
+        for path, leaf in zip(call.paths, call.leaves, strict=True):
+            if isinstance(leaf, jax.core.Tracer):
+                raise TypeError(
+                    f"`{path}` must be concrete, as gradients are compared, got "
+                    f"a traced {jax.typeof(leaf)}: call `audit_gradients` outside of "
+                    "jit and of other transformations, on what they give: "
+                    "`audit_gradients(simulate_fp8(loss))`."
+                )
         facts = _Ratios(call).of_inputs()
         scaled = _gradients(Interpreter(), call, inputs)
         true = _gradients(_True(), call, inputs)
@@ -215,7 +224,7 @@ def traced_loss(
     call = Call(fn, args, kwargs)
     outs = [v.aval for v in call.region.jaxpr.outvars]
     is_real = bool(outs) and jnp.issubdtype(outs[0].dtype, jnp.floating)
-    if not is_real or outs[0].shape != ():
+    if not is_real or outs[0].shape != () or not call.gives_loss(has_aux):
         raise TypeError(
             "`fn` must return a scalar loss of floating-point numbers, as for "
             f"`jax.grad`{', and an auxiliary value' if has_aux else ''}, got "

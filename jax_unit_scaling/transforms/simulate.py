@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from .._jaxpr import (
+    UNIT_SCALED,
     Call,
     Equation,
     Interpreter,
@@ -28,6 +29,7 @@ from .._jaxpr import (
 )
 from ..formats import E4M3, E5M2, Format, Formats, quantize_bwd, quantize_fwd
 from ..fp8 import SCOPE
+from .order import forward_only, refusal
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
@@ -82,8 +84,12 @@ def simulate_format(
     both their passes are rounded; so do those with a `custom_jvp` that has a product
     in the function itself. Forward mode is refused by JAX where cotangents are
     rounded. In a function that differentiates already, a cotangent is recognised if it
-    starts from a one or from an argument, as in `jax.grad`; where another number starts
-    it, as in `jax.vjp(loss, x)[1](1024.0)`, pass that number as an argument.
+    starts from a one, as in `jax.grad`; if there is none, from an argument that is used
+    for nothing before; if there is no such, from a number, as in `jax.vjp(loss,
+    x)[1](1024.0)`. It is not where it is computed from arguments: then transform the
+    function before it is differentiated.
+    A function that is simulated already is rounded twice: to the same format that is
+    the same. Inside of `unit_scale` or around it, differentiate first (see there).
 
     Args:
         fn: a function of arrays, pytrees and Flax or Equinox modules, or a module.
@@ -101,7 +107,8 @@ def simulate_format(
         A function like `fn`; compile it with `jax.jit`, else each call traces anew.
 
     Raises:
-        TypeError: if a format is not a `Format`, or a key not a typed key.
+        TypeError: if a format is not a `Format`, or a key not a typed key; and by a
+            gradient of a `unit_scale`d loss in which a cotangent would be rounded.
 
     Warns:
         UserWarning: of products that are left as they were because what is around them
@@ -183,24 +190,58 @@ class _Simulate(Interpreter):
     def __init__(self, choose: Choice) -> None:
         self._choose = choose
         self._cotangent: dict[tuple[int, ...], int | None] = {}
+        self._in_rules: set[tuple[int, ...]] = set()
 
     def begin(self, region: Region, cotangents: Sequence[bool]) -> None:
-        # Of its arguments a function may be given one, for a `jax.vjp` inside; not if
-        # it is a rule, or starts one itself.
-        starts = any(cotangents) or any(
-            _starts(equation, v.val) == _YES
+        ones = any(
+            _is_one(equation, v.val)
             for equation in region.walk()
             for v in filter(is_literal, equation.invars)
         )
-        facts = [_YES if c else _NO if starts else _PERHAPS for c in cotangents]
+        if any(cotangents) or ones:
+            self._mark(region, [_YES if c else _NO for c in cotangents], False)
+            if any(cotangents):
+                self._in_rules.update(equation.place for equation in region.walk())
+            return
+        # What it is given may be one, for a `jax.vjp` inside, or a number in it.
+        first = _first_used_backward(region)
+        facts = [_YES if c else _NO for c in first]
+        if not self._mark(region, facts, not any(first)):
+            self._mark(region, [_PERHAPS] * len(facts), False)
+
+    def _mark(self, region: Region, facts: list[int], numbers: bool) -> bool:
+        """Finds the products' cotangents; whether a backward pass was seen to start."""
+        started = _YES in facts
 
         def transfer(equation: Equation, given: list[int]) -> list[int]:
-            fact, operands = _of_cotangents(equation, given)
+            nonlocal started
+            if numbers and max(given, default=_NO) <= _NO and equation.is_backward:
+                given = [
+                    _YES if fact == _NUMBER and _is_floating(aval) else fact
+                    for fact, aval in zip(given, equation.in_avals, strict=True)
+                ]
+                started |= _YES in given
+            fact, operand = _of_cotangents(equation, given)
             if _is_product(equation):
-                self._cotangent[equation.place] = operands
+                self._cotangent[equation.place] = operand
             return [fact] * len(equation.outvars)
 
-        flow(region, facts, transfer, join=max, bottom=_NO, literal=_starts)
+        def literal(equation: Equation, value: Any) -> int:
+            return _YES if _is_one(equation, value) else _NUMBER
+
+        def enter(inner: Region, given: list[int]) -> list[int]:
+            return [_NO] * len(inner.consts)
+
+        flow(
+            region,
+            facts,
+            transfer,
+            join=max,
+            bottom=_NUMBER,
+            literal=literal,
+            enter=enter,
+        )
+        return started
 
     def wants(self, equation: Equation) -> bool:
         return _is_product(equation)
@@ -222,6 +263,9 @@ class _Simulate(Interpreter):
             )
         cotangent = self._cotangent.get(equation.place)
         keys = side.shared or (None, None)
+        scaled = UNIT_SCALED in equation.scope
+        if scaled and equation.place in self._in_rules and formats.bwd is not None:
+            raise refusal()
 
         def rounded(i: int, x: Any) -> Any:
             backward = i == cotangent
@@ -238,7 +282,8 @@ class _Simulate(Interpreter):
         operands = [rounded(i, x) for i, x in enumerate(args[:2])]
         (y,) = equation.bind(*operands, *args[2:])
         if cotangent is None and formats.bwd is not None:
-            y = quantize_bwd(y, formats.bwd, key(True, 2))
+            bwd = formats.bwd
+            y = forward_only(y) if scaled else quantize_bwd(y, bwd, key(True, 2))
         return [y], None
 
     def left(self, equation: Equation) -> None:
@@ -264,26 +309,48 @@ def _within(equation: Equation) -> Iterator[Product]:
 # -- Which operand is the cotangent ----------------------------------------------------
 
 # Whether a value depends on the cotangent that a backward pass starts from. Of a
-# function's own arguments it cannot always be known.
-_NO, _PERHAPS, _YES = 0, 1, 2
+# function's own arguments it cannot always be known; a number depends on none of them.
+_NUMBER, _NO, _PERHAPS, _YES = range(4)
 
 
 def _of_cotangents(equation: Equation, given: list[int]) -> tuple[int, int | None]:
     """What holds for an equation's outputs, and which operand is a cotangent."""
+    fact = max(given, default=_NUMBER)
     if not _may_be_backward(equation):
-        return _NO, None
-    fact = max(given, default=_NO)
-    if fact == _NO or len(given) < 2:
+        return min(fact, _NO), None
+    if fact <= _NO or len(given) < 2:
         return fact, None
     # JAX's own transposed dots have it on the left.
     return fact, int(given[1] > given[0])
 
 
-def _starts(equation: Equation, value: Any) -> int:
-    """A gradient starts from a one: the only literal there that matters."""
+def _is_one(equation: Equation, value: Any) -> bool:
+    """Whether `jax.grad` starts here: from a one, by a backward equation."""
     is_one = np.size(value) == 1 and bool(np.all(np.asarray(value) == 1))
-    floating = jnp.issubdtype(jnp.result_type(value), jnp.floating)
-    return _YES if _may_be_backward(equation) and floating and is_one else _NO
+    return is_one and _may_be_backward(equation) and _is_floating(value)
+
+
+def _is_floating(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+
+def _first_used_backward(region: Region) -> list[bool]:
+    """Which inputs a backward equation is the first to use: the cotangents given to a
+    `jax.vjp` inside, as what is kept for it has been used before."""
+    found: dict[int, bool] = {}
+
+    def transfer(equation: Equation, given: list[int]) -> list[int]:
+        for i in given:
+            found.setdefault(i, _may_be_backward(equation))
+        return [_ANOTHER] * len(equation.outvars)
+
+    inputs = range(len(region.jaxpr.invars))
+    join = lambda a, b: a if a == b else _ANOTHER
+    flow(region, inputs, transfer, join=join, bottom=_ANOTHER)
+    return [found.get(i, False) for i in inputs]
+
+
+_ANOTHER = -1  # no input, or not one alone
 
 
 def _may_be_backward(equation: Equation) -> bool:

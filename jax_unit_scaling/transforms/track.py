@@ -17,7 +17,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._jaxpr import Call, Equation, Interpreter, Place, Side, flow, is_literal
+from .._jaxpr import (
+    Call,
+    Equation,
+    Interpreter,
+    Place,
+    Side,
+    flow,
+    is_literal,
+    is_variable,
+)
 from ..formats import E4M3, E5M2, FP16, Format
 
 # The binades of a histogram: below lies what no 16-bit float format but bfloat16 holds.
@@ -173,13 +182,17 @@ def track_scales(
     Returns:
         A pure function that returns `(fn(...), Scales)`.
 
+    Raises:
+        TypeError: where called, if `fn` is tracked already.
+
     Reference: Unit Scaling (Blake et al., 2023), figures 1 and A.1.
     """
 
     @ft.wraps(fn, updated=())
     def tracked(*args: Any, **kwargs: Any) -> tuple[Any, Scales]:
-        out, records = _run(fn, formats, where, None, args, kwargs)
-        return out, _scales(records, None, formats)
+        call = _call(fn, args, kwargs)
+        outs, records = _through(call, call.leaves, formats, where, None)
+        return call.result(outs), _scales(records, None, formats)
 
     return tracked
 
@@ -198,15 +211,38 @@ def track_value_and_grad(
     What the loss does not depend on has cotangents of zero; inside a while loop, which
     has no gradient, they are not seen (a count of zero).
 
+    A gradient has the structure of its argument: that of a Flax module is a module that
+    holds gradients (`nnx.state(grads, nnx.Param)` are those of its parameters). What
+    `fn` sets a module's variables to, batch statistics and random counts, the caller's
+    own module has afterwards, whether it is differentiated or not.
+
+    Args:
+        fn: a loss, as for `jax.value_and_grad`.
+        argnums: which arguments are differentiated. Those of a module's variables that
+            are not floating point have gradients of `jax.dtypes.float0`, as those of
+            `jax.grad(..., allow_int=True)`.
+        has_aux: whether `fn` returns `(loss, aux)`.
+        formats, where: as for `track_scales`.
+
     Returns:
         A pure function that returns `(value, gradients, Scales)`.
+
+    Raises:
+        TypeError: where called, if `fn` does not return a scalar, is tracked already,
+            or an argument to be differentiated has nothing of floating point.
     """
     several = not isinstance(argnums, int)
     wanted: tuple[int, ...] = tuple(argnums) if several else (argnums,)  # type: ignore
 
     @ft.wraps(fn, updated=())
     def tracked(*args: Any, **kwargs: Any) -> tuple[Any, Any, Scales]:
-        call = Call(fn, args, kwargs)
+        call = _call(fn, _with_arrays(args, wanted), kwargs)
+        if not call.gives_loss(has_aux):
+            raise TypeError(
+                "`fn` must return a scalar loss, or with `has_aux=True` a pair of one "
+                "and an auxiliary value."
+            )
+        inputs = _differentiable(call, wanted, len(args))
         shapes = jax.eval_shape(
             lambda *leaves: _through(call, leaves, formats, where, None)[1],
             *call.leaves,
@@ -214,34 +250,56 @@ def track_value_and_grad(
         probes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def loss(differentiated: Sequence[Any], probes: Any) -> Any:
-            given = list(args)
-            for i, x in zip(wanted, differentiated, strict=True):
-                given[i] = x
-            out, records = _run(fn, formats, where, probes, tuple(given), kwargs)
-            value, aux = out if has_aux else (out, None)
-            return value, (aux, records)
+            given = dict(enumerate(call.leaves))
+            given |= zip(inputs, differentiated, strict=True)
+            outs, records = _through(call, [*given.values()], formats, where, probes)
+            return outs[0], (outs, records)
 
-        (value, (aux, records)), (grads, caught) = jax.value_and_grad(
+        (_, (outs, records)), (found, caught) = jax.value_and_grad(
             loss, (0, 1), has_aux=True
-        )([args[i] for i in wanted], probes)
-        scales = _scales(records, caught, formats)
-        grads = tuple(grads) if several else grads[0]
-        return ((value, aux) if has_aux else value), grads, scales
+        )([call.leaves[i] for i in inputs], probes)
+        leaves = dict(enumerate(map(_no_gradient, call.leaves)))
+        leaves |= zip(inputs, found, strict=True)
+        grads = tuple(call.argument(i, [*leaves.values()]) for i in wanted)
+        out = call.result(outs)
+        return out, grads if several else grads[0], _scales(records, caught, formats)
 
     return tracked
 
 
-def _run(
-    fn: Callable[..., Any],
-    formats: Mapping[str, Format],
-    where: Callable[[Site], bool],
-    probes: Any,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> tuple[Any, Any]:
-    call = Call(fn, args, kwargs)
-    outs, records = _through(call, call.leaves, formats, where, probes)
-    return call.result(outs), records
+def _with_arrays(args: tuple[Any, ...], wanted: Sequence[int]) -> tuple[Any, ...]:
+    """Python numbers in what is differentiated as arrays; they are static elsewhere."""
+    given = list(args)
+    for i in wanted:
+        if -len(args) <= i < len(args):
+            given[i] = jax.tree.map(
+                lambda x: jnp.asarray(x) if isinstance(x, float) else x,
+                args[i],
+                is_leaf=is_variable,
+            )
+    return tuple(given)
+
+
+def _differentiable(call: Call, wanted: Sequence[int], n: int) -> list[int]:
+    """The inputs of floating point in the arguments that are differentiated."""
+    found: set[int] = set()
+    for i in wanted:
+        if not -n <= i < n:
+            raise TypeError(
+                f"`argnums` must be numbers of the {n} positional arguments, got {i}."
+            )
+        here = [j for j in call.inputs_of(i) if _is_float(call.leaves[j])]
+        if not here:
+            raise TypeError(
+                f"`argnums` must be of arguments with arrays of floating point, got "
+                f"{i}, which has none: choose others, or convert it."
+            )
+        found.update(here)
+    return sorted(found)
+
+
+def _no_gradient(x: Any) -> Any:
+    return np.zeros(x.shape, jax.dtypes.float0)
 
 
 def _through(
@@ -251,13 +309,30 @@ def _through(
     where: Callable[[Site], bool],
     probes: Any,
 ) -> tuple[Any, Any]:
-    interpreter = _Track(tuple(formats.values()), where, _parameters(call))
+    interpreter = _Track(tuple(formats.values()), where, parameters(call))
     side = Side(None, probes)
     values, record = interpreter.track(
         argument_sites(call), side.of("arguments"), leaves
     )
     outs, records = interpreter.run(call.region, side, values)
     return outs, {"arguments": record, **records}
+
+
+def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Call:
+    call = Call(fn, args, kwargs)
+    if any(map(is_statistics, call.region.walk())):
+        raise TypeError(
+            "`fn` must not be tracked already, but it computes statistics: a record of "
+            "them would be none of the model. Track once, outermost: "
+            "`track_scales(fn)` or `track_value_and_grad(loss)`, with other "
+            "transformations inside."
+        )
+    return call
+
+
+def is_statistics(equation: Equation) -> bool:
+    """Whether an equation is what this file counts of a tensor."""
+    return equation.is_own and equation.name == "_stats"
 
 
 def argument_sites(call: Call) -> list[Site | None]:
@@ -270,7 +345,7 @@ def argument_sites(call: Call) -> list[Site | None]:
     ]
 
 
-def _parameters(call: Call) -> dict[Place, str]:
+def parameters(call: Call) -> dict[Place, str]:
     """Of equations that take one parameter, itself or cast or scaled, its path.
 
     NNX's modules leave no name in a jaxpr: `blocks/0/up/kernel/dot_general` says more
@@ -415,10 +490,15 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
     others = [1, inf, inf + 1, *kept, *too_large]
     edges = np.sort([*binades, *others])
 
-    def scattered(bits: Array) -> Array:
+    def scattered(bits: Array, *, tables: int = 1) -> Array:
         exponent = (bits >> 23) - (_bits(2.0**LOWEST) >> 23)
         passed = jnp.clip(exponent, 0, len(binades)) + sum(bits >= e for e in others)
-        between = jnp.zeros(len(edges) + 1, jnp.int32).at[passed].add(1)
+        n = len(edges) + 1
+        if tables > 1:
+            passed += n * (_number(bits.shape) % tables)
+        counts = jnp.zeros(tables * n, jnp.int32)
+        counts = counts.at[passed].add(1, mode="promise_in_bounds")
+        between = counts.reshape(tables, n).sum(0)
         return jnp.cumsum(between[::-1])[::-1]
 
     def compared(bits: Array) -> Array:
@@ -426,8 +506,14 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
         axes = tuple(range(bits.ndim))
         return jnp.sum(bits[..., None] >= least, axis=axes, dtype=jnp.int32)
 
-    # A CPU counts one element at a time; an accelerator's scatter would collide.
-    above = lax.platform_dependent(bits, cpu=scattered, default=compared)
+    # A CPU counts one element at a time. A GPU counts by atomic additions: neighbours
+    # in tables of their own, as most are in a few binades and would wait for each
+    # other. To compare each with every edge reads once too, but is 90 times the work.
+    tables = min(max(x.size // 128, 1), 4096)
+    on_gpu = ft.partial(scattered, tables=tables)
+    above = lax.platform_dependent(
+        bits, cpu=scattered, cuda=on_gpu, rocm=on_gpu, default=compared
+    )
     wanted = [[0, 1, inf, inf + 1], kept, too_large, [1, *binades, inf]]
     found = above[np.searchsorted(edges, sum(wanted, []), side="right")]
     ends = np.cumsum(list(map(len, wanted)))[:-1]
@@ -447,6 +533,14 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
         underflow=nonzero - kept_by,
         overflow=beyond - nan,
     )
+
+
+def _number(shape: tuple[int, ...]) -> Array:
+    """Each element's number, or what is left of it in 32 bits."""
+    number = jnp.zeros(shape, jnp.uint32)
+    for axis, n in enumerate(shape):
+        number = number * n + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return number
 
 
 # All bits of a float32 but the sign: the last NaN.

@@ -19,8 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._jaxpr import Call, Equation, Interpreter, Place, Region, Side, flow, is_literal
+from .._jaxpr import (
+    UNIT_SCALED,
+    Call,
+    Equation,
+    Interpreter,
+    Place,
+    Region,
+    Side,
+    flow,
+    is_literal,
+)
 from ..formats import quantize
+from ..fp8 import is_product
+from .order import forward_only, refusal
 from .simulate import PRODUCTS
 from .track import (
     HIGHEST,
@@ -29,6 +41,8 @@ from .track import (
     Site,
     Tensor,
     argument_sites,
+    is_statistics,
+    parameters,
     rms,
     sites,
 )
@@ -94,7 +108,11 @@ def unit_scale(
         step = jax.jit(jus.unit_scale(step, params, batch))
 
     `jax.grad(jus.unit_scale(loss, ...))` is the true gradient as well, but then only
-    the forward pass has unit scale: cotangents are what autodiff makes of it.
+    the forward pass has unit scale: cotangents are what autodiff makes of it. So it is
+    refused where they would be rounded to a format. `simulate_fp8(unit_scale(...))`
+    rounds the same data as `unit_scale(simulate_fp8(...))`, in a function that
+    differentiates. Around a tracked function the record is that of the true tensors,
+    as without it; `track_scales(unit_scale(...))` records the data.
 
     The example run is in float32 (or wider) with all rounding off: quantisation, casts
     to 16 bits or fewer. A scan's iterations and a shard_map's devices share one k;
@@ -108,7 +126,8 @@ def unit_scale(
         example_args, example_kwargs: concrete arguments, such as the first batch.
             Variables of modules are not updated by the example run.
         scales: what `track_scales(fn)(*example_args)` returned beside the result (of a
-            training run, say), to use in place of the example run.
+            training run, say), to use in place of the example run. What it leaves out
+            has no scale; a constant has that of its own elements.
 
     Returns:
         A `UnitScaled`, a function like `fn`, also of other shapes (a last batch) if its
@@ -116,7 +135,9 @@ def unit_scale(
         unit-scaled. Compile it with `jax.jit`, else each call traces anew.
 
     Raises:
-        TypeError: if `fn` is no function, or the example arguments are traced.
+        TypeError: if `fn` is no function, or the example arguments are traced; and by
+            a gradient of the result in which a cotangent would be rounded.
+        ValueError: if `scales` is a record of another function, or of other shapes.
 
     Reference: Unit Scaling (Blake et al., 2023), section 4; powers of two as in
     Scalify (Balanca et al., 2024).
@@ -132,13 +153,15 @@ def unit_scale(
     for path, leaf in zip(call.paths, call.leaves, strict=True):
         if isinstance(leaf, jax.core.Tracer):
             raise TypeError(
-                f"`{path}` must be concrete, as its scale is measured, got {leaf}: "
+                f"`{path}` must be concrete, as its scale is measured, got a "
+                f"traced {jax.typeof(leaf)}: "
                 "call `unit_scale` outside of jit, grad and vmap."
             )
     # Where something else is being traced, this is not to be part of it.
     traced = isinstance(jnp.zeros(()), jax.core.Tracer)
     with jax.ensure_compile_time_eval() if traced else contextlib.nullcontext():
-        measured = _calibrate(call) if scales is None else _recorded(scales)
+        measured = _calibrate(call) if scales is None else _recorded(call, scales)
+        measured |= _of_constants(call)
     return UnitScaled(fn, call, measured)
 
 
@@ -154,7 +177,9 @@ class UnitScaled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = Call(self._fn, args, kwargs)
         self._check(call.region)
-        return call.result(self._run(call.region, call.leaves)[0])
+        with jax.named_scope(UNIT_SCALED):
+            outs, _ = self._run(call.region, call.leaves)
+        return call.result(outs)
 
     def report(self) -> tuple[Held, ...]:
         """How each tensor is held, in the order of computation.
@@ -224,26 +249,55 @@ class _Measured:
 
 
 def _calibrate(call: Call) -> dict[Place, float]:
-    """The log2 of the scale of each tensor, by its place; of constants as well, which
-    count backwards from -1 in the place of their region."""
+    """The log2 of the scale of each tensor, by its place."""
     interpreter = _Calibrate()
-    inner = [r for equation in call.region.walk() for r in equation.regions]
     arguments = [_measure(x, (i,)) for i, x in enumerate(call.leaves)]
-    constants = [
-        _measure(x, (*region.place, -1 - i))
-        for region in (call.region, *inner)
-        for i, x in enumerate(region.consts)
-    ]
     # Not compiled as a whole: one kernel for each of thousands of tensors takes longer
     # than to run them.
     values = list(map(interpreter.lift, call.leaves))
     _, records = interpreter.run(call.region, Side(), values)
-    found = jax.tree.leaves((arguments, constants, records), is_leaf=_is_measured)
+    return _scales((arguments, records))
+
+
+def _of_constants(call: Call) -> dict[Place, float]:
+    """The same of constants, which count backwards from -1 in their region's place."""
+    inner = [r for equation in call.region.walk() for r in equation.regions]
+    return _scales(
+        [
+            _measure(x, (*region.place, -1 - i))
+            for region in (call.region, *inner)
+            for i, x in enumerate(region.consts)
+        ]
+    )
+
+
+def _scales(measured: Any) -> dict[Place, float]:
+    found = jax.tree.leaves(measured, is_leaf=_is_measured)
     return {x.place: _log2(x.size, x.scale) for x in jax.device_get(found)}
 
 
-def _recorded(scales: Scales) -> dict[Place, float]:
+def _recorded(call: Call, scales: Scales) -> dict[Place, float]:
+    """The same from a record, which is to be one of this call."""
+    names = parameters(call)
+    every = argument_sites(call)
+    for equation in call.region.walk():
+        every += sites(equation, names.get(equation.place, ""))
+    expected = {site.place: site for site in every if site is not None}
+    for tensor in scales.tensors:
+        ours, theirs = expected.get(tensor.site.place), tensor.site
+        if ours is None or _what(ours) != _what(theirs):
+            instead = f"{ours.name} {ours.shape}" if ours else "nothing"
+            raise ValueError(
+                "`scales` must be a record of `fn` on arguments like the example ones, "
+                f"but it has {theirs.name} {theirs.shape} where `fn` has {instead}: "
+                "record again, `_, scales = track_scales(fn)(*example_args)`."
+            )
     return {t.site.place: _recorded_scale(t) for t in scales.tensors}
+
+
+def _what(site: Site) -> tuple[str, tuple[int, ...]]:
+    """A tensor's name, without the line that it may begin with, and its shape."""
+    return site.name.removeprefix(site.source.split("/")[-1]), site.shape
 
 
 def _recorded_scale(tensor: Tensor) -> float:
@@ -413,6 +467,16 @@ class _UnitScale(Interpreter):
             values.append(value)
         return values
 
+    def begin(self, region: Region, cotangents: Sequence[bool]) -> None:
+        # The rule of a custom derivative, which is traced if it is asked for.
+        def transfer(equation: Equation, given: list[bool]) -> list[bool]:
+            if any(given) and _is_quantize(equation):
+                raise refusal()
+            return [any(given)] * len(equation.outvars)
+
+        opens = lambda e: e.can_be_opened and not _is_quantize(e)
+        flow(region, cotangents, transfer, join=max, bottom=False, opens=opens)
+
     def wants(self, equation: Equation) -> bool:
         is_whole = not equation.can_be_opened or _is_whole(equation)
         return is_whole and bool(equation.outvars)
@@ -482,10 +546,13 @@ class _UnitScale(Interpreter):
 
 
 def _is_quantize(equation: Equation) -> bool:
-    names = {f"_{quantize.__name__}{end}" for end in ("", "_fwd", "_bwd")}
     # What of it depends on no input a scan moves out of its loop: an empty equation.
-    rounds = equation.is_own and equation.name in names
-    return rounds and bool(equation.outvars)
+    return _is_one_of(equation, "", "_fwd", "_bwd") and bool(equation.outvars)
+
+
+def _is_one_of(equation: Equation, *ends: str) -> bool:
+    names = {f"_{quantize.__name__}{end}" for end in ends}
+    return equation.is_own and equation.name in names
 
 
 def _is_called(equation: Equation) -> bool:
@@ -495,16 +562,25 @@ def _is_called(equation: Equation) -> bool:
 
 
 def _is_whole(equation: Equation) -> bool:
-    """Whether an equation that could be opened is left as one: what rounds, and what
-    has a derivative of its own and no products."""
+    """Whether an equation that could be opened is left as one: what rounds or counts,
+    and what has a derivative of its own and no products."""
     custom = equation.primitive in ("custom_jvp_call", "custom_vjp_call")
     within = (e for region in equation.regions for e in region.walk())
-    return _is_quantize(equation) or (
-        custom and not any(e.primitive in PRODUCTS for e in within)
+    return (
+        is_statistics(equation)
+        or _is_quantize(equation)
+        or is_product(equation)
+        or (
+            custom
+            and not equation.is_rebuilt
+            and not any(e.primitive in PRODUCTS for e in within)
+        )
     )
 
 
 def _why_truly(equation: Equation) -> str:
+    if is_statistics(equation):
+        return "statistics are those of true operands"
     if equation.can_be_opened:
         return f"{equation.name} has a derivative of its own: true operands"
     if equation.regions:
@@ -646,6 +722,11 @@ def _cast(here: _Here, x: Any) -> list[Any] | None:
 
 def _quantized(here: _Here, x: Any, *rest: Any) -> list[Any]:
     return _along(here, _settle(x, here.operands[0], CLOSE), *rest)
+
+
+def _unrounded(here: _Here, x: Any, *key: Any) -> list[Any]:
+    """The cotangent's rounding, of which a true gradient of this cannot be."""
+    return [Scaled(forward_only(x.data), x.exponent)]
 
 
 def _aligned(here: _Here, *args: Any) -> list[Any]:
@@ -790,8 +871,12 @@ def _rules(rule: _Rule, names: str) -> dict[str, _Rule]:
 
 
 def _rule(equation: Equation) -> _Rule | None:
+    if _is_one_of(equation, "_bwd"):
+        return _unrounded
     if _is_quantize(equation):
         return _quantized
+    if equation.is_own and equation.name == "forward_only":
+        return _along
     if equation.can_be_opened:  # a derivative of its own: of JAX's it is a true one
         return _aligned if equation.is_jax and _is_homogeneous(equation) else None
     return _RULES.get(equation.primitive)
