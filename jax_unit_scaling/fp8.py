@@ -163,7 +163,7 @@ class _Native(Interpreter):
 
 def is_product(equation: Equation) -> bool:
     """Whether it is a native product, with its rule."""
-    return equation.is_own and equation.name == _dot.__name__
+    return equation.is_own and equation.name == "_dot"
 
 
 def dot_general(

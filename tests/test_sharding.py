@@ -486,16 +486,24 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("constraint", [None, jus.gmean], ids=["free", "gmean"])
+@pytest.mark.parametrize(
+    ("constraint", "formats"),
+    [(None, None), (jus.gmean, None), (jus.gmean, jus.NATIVE_FP8)],
+    ids=["free", "gmean", "native FP8"],
+)
 @pytest.mark.parametrize("name", PRODUCTS)
 @on_eight_devices
-def test_a_product_in_pieces_has_the_value_and_gradients_of_the_whole(name, constraint):
+def test_a_product_in_pieces_has_the_value_and_gradients_of_the_whole(
+    name, constraint, formats
+):
     op, biased = PRODUCTS[name]
     x, kernel, bias, g = (
         jax.random.normal(jax.random.key(i), shape)
         for i, shape in enumerate([(64, 32), (32, 24), (24,), (64, 24)])
     )
     args = (x, kernel, bias if biased else None)
+    op = ft.partial(op, formats=formats)
+    warnings.filterwarnings("ignore", "native FP8 formats on")
 
     def run(f):
         y, vjp = jax.vjp(f, *args)
@@ -523,6 +531,36 @@ def test_a_product_in_pieces_has_the_value_and_gradients_of_the_whole(name, cons
     for way in got:
         for a, b in zip(jax.tree.leaves(way), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [(P("b"), P()), (P("b"), P(None, "m")), (P("b", "m"), P("m")), (P(), P("b", "m"))],
+    ids=["batch", "batch and out", "batch and in", "kernel"],
+)
+@on_eight_devices
+def test_jit_with_shardings_makes_the_same_native_products(specs):
+    warnings.filterwarnings("ignore", "native FP8 formats on")
+    mesh = _mesh(b=2, m=4)
+    args = [
+        jax.random.normal(jax.random.key(i), s)
+        for i, s in enumerate([(64, 32), (32, 24)])
+    ]
+
+    @jax.jit
+    def run(x, kernel):
+        f = ft.partial(jus.linear, formats=jus.NATIVE_FP8)
+        y, vjp = jax.vjp(f, x, kernel)
+        return y, vjp(jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, s))
+        for x, s in zip(args, specs, strict=True)
+    ]
+    for a, b in zip(
+        jax.tree.leaves(run(*placed)), jax.tree.leaves(run(*args)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("module", ["LoRALinear", "Einsum", "LinearGeneral"])
