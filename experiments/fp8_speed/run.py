@@ -210,7 +210,7 @@ def _draw(sweep: list[dict[str, Any]], device: str, path: Path) -> None:
     axes.set_ylabel("time of bfloat16 / time of FP8")
     axes.set_title(f"One Llama-shaped layer, forward and backward ({device})")
     axes.legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -236,5 +236,5 @@ def run(config: SpeedConfig) -> dict[str, Any]:
     for point in result["sweep"]:
         title = f"## Width {point['width']}, {point['tokens']} tokens"
         console.print(Markdown(f"{title}\n{table(point['times'])}"))
-    _draw(result["sweep"], device, config.out.with_suffix(".svg"))
+    _draw(result["sweep"], device, config.out.with_suffix(".png"))
     return result

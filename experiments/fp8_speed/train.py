@@ -158,14 +158,14 @@ def _smoothed(losses: list[float], window: int = 20) -> np.ndarray[Any, Any]:
 
 def _draw(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for kind in ("bf16 unit", "fp8 unit"):
+    for kind, style in (("bf16 unit", "-"), ("fp8 unit", "--")):
         if kind in result["runs"]:
             smooth = _smoothed(result["runs"][kind]["losses"])
-            axes.plot(smooth / math.log(2), label=NAMES[kind].replace("`", ""))
+            axes.plot(smooth / math.log(2), style, label=NAMES[kind].replace("`", ""))
     axes.set_xlabel("step")
     axes.set_ylabel("training loss, bits per token (mean of 20 steps)")
     axes.legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -183,7 +183,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     for kind in config.kinds:
         result["runs"][kind] = _train(config, kind, ids)
         config.out.write_text(json.dumps(result, indent=1) + "\n")
-    _draw(result, config.out.with_suffix(".svg"))
+    _draw(result, config.out.with_suffix(".png"))
     for kind, run in result["runs"].items():
         last = statistics.mean(run["losses"][-20:])
         print(
