@@ -241,7 +241,8 @@ def test_operation_by_operation_they_are_the_same_to_the_bit(name):
     """A power of two changes no mantissa; compiled, XLA may add in another order."""
     loss, *args = MODELS[name](**BAD)
     step = jax.value_and_grad(loss)
-    same(unit_scale(step, *args)(*args), step(*args))
+    with jax.disable_jit():  # which compiles several operations as one
+        same(unit_scale(step, *args)(*args), step(*args))
 
 
 @pytest.mark.parametrize("name", [m for m in MODELS if m != "mixture of experts"])
