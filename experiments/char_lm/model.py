@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools as ft
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -91,7 +92,7 @@ class RegularBlock(nnx.Module):
             "dtype": config.dtype,
             "rngs": rngs,
         }
-        rounded = ft.partial(_dot_general, formats=config.formats)
+        product = ft.partial(rounded, jax.lax.dot_general, config.formats)
         norm = ft.partial(
             nnx.RMSNorm, width, use_scale=False, dtype=config.dtype, rngs=rngs
         )
@@ -100,14 +101,14 @@ class RegularBlock(nnx.Module):
             width // config.head_size,
             width,
             decode=False,
-            qkv_dot_general=rounded,
-            out_dot_general=rounded,
-            attention_fn=ft.partial(_attention, formats=config.formats),
+            qkv_dot_general=product,
+            out_dot_general=product,
+            attention_fn=ft.partial(plain_attention, formats=config.formats),
             **common,
         )
         self.attention_weight = config.attention_weight
-        self.up = nnx.Linear(width, 4 * width, dot_general=rounded, **common)
-        self.down = nnx.Linear(4 * width, width, dot_general=rounded, **common)
+        self.up = nnx.Linear(width, 4 * width, dot_general=product, **common)
+        self.down = nnx.Linear(4 * width, width, dot_general=product, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         attended = self.attention(self.attention_norm(x), is_causal=True)
@@ -129,7 +130,7 @@ class RegularModel(nnx.Module):
             width,
             vocabulary,
             use_bias=False,
-            dot_general=ft.partial(_dot_general, formats=config.formats),
+            dot_general=ft.partial(rounded, jax.lax.dot_general, config.formats),
             dtype=dtype,
             rngs=rngs,
         )
@@ -165,17 +166,22 @@ def make_loss(config: ModelConfig) -> Any:
     return regular
 
 
-def _dot_general(
-    lhs: jax.Array, rhs: jax.Array, *args: Any, formats: jus.Formats | None, **more: Any
+def rounded(
+    product: Callable[..., jax.Array],
+    formats: jus.Formats | None,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    *args: Any,
+    **more: Any,
 ) -> jax.Array:
     """A plain product, rounded as the unit-scaled one is, without its factors."""
     if formats is None or formats.fwd is None or formats.bwd is None:
-        return jax.lax.dot_general(lhs, rhs, *args, **more)
+        return product(lhs, rhs, *args, **more)
     lhs, rhs = (jus.quantize_fwd(x, formats.fwd) for x in (lhs, rhs))
-    return jus.quantize_bwd(jax.lax.dot_general(lhs, rhs, *args, **more), formats.bwd)
+    return jus.quantize_bwd(product(lhs, rhs, *args, **more), formats.bwd)
 
 
-def _attention(
+def plain_attention(
     *qkv: jax.Array,
     formats: jus.Formats | None,
     mask: jax.Array | None = None,
