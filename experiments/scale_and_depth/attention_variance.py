@@ -5,11 +5,11 @@ independent normal queries, keys and values its variance is
 
     E[sum_i p_i^2] = e / k - (e - 1) / k^2
 
-for softmax probabilities p of k normal logits (exact at k = 1, and as k
-grows: E[exp(2 z)] / E[exp(z)]^2 = e; for few positions in between it is up to a quarter
-less). So a factor can make it one on average over positions, as
-`dot_product_attention` does, but not at all of them. Values of a text are not
-independent: equal characters have equal ones, and a mean of them stays larger.
+for softmax probabilities p of k normal logits: exact at k = 1 and as k grows, since
+E[exp(2 z)] / E[exp(z)]^2 = e, and up to 30% too much for few positions. So a factor can
+make it one on average over positions, as `dot_product_attention` does, but not at all
+of them. Values of a text are not independent: equal characters have equal ones, and a
+mean of them stays larger.
 
 Reference: munit Scaling (Narayan et al., 2025), section 2.
 """

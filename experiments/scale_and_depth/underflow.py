@@ -3,7 +3,7 @@
 The share of an activation's outputs that are not zero, and become zero in E4M3. GELU
 and SiLU send much of their input close to zero; a ReLU's outputs are zero or not.
 
-Reference: munit Scaling (Narayan et al., 2025), section 3.
+Reference: munit Scaling (Narayan et al., 2025).
 """
 
 import dataclasses
