@@ -57,13 +57,13 @@ def test_gelu_underflows_more_than_silu_and_that_more_than_relu(tmp_path):
     _written(tmp_path / "underflow.json")
 
 
-def test_residual_weights_are_compared_at_each_depth(tmp_path, monkeypatch, capsys):
+def test_a_residual_weight_is_trained_once(tmp_path, monkeypatch, capsys):
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text(TEXT)
     config = residual.ResidualWeightConfig(
         tmp_path,
         tmp_path,
-        depths=(1, 3),
+        depths=(3,),
         taus=(0.2,),
         width=16,
         steps=12,
@@ -73,7 +73,7 @@ def test_residual_weights_are_compared_at_each_depth(tmp_path, monkeypatch, caps
         eval_characters=64,
     )
     runs = residual.residual_weight(config)
-    assert [(r["depth"], r["tau"]) for r in runs] == [(1, 0.2), (3, 0.2)]
+    assert [(r["depth"], r["tau"]) for r in runs] == [(3, 0.2)]
     assert all(r["valid_bits"] < 8 for r in runs)  # better than any of 256 bytes
     assert "3 layers: best tau 0." in capsys.readouterr().out
     _written(tmp_path / "residual_weight.jsonl")

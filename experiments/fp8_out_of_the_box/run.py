@@ -26,12 +26,12 @@ class GPTConfig(TransformedConfig):
     width: int = 64
     depth: int = 4
     head_size: int = 32
-    steps: int = 300
-    warmup: int = 20
+    steps: int = 1000
+    warmup: int = 50
     batch: int = 8
     length: int = 64
-    log2_rates: tuple[int, ...] = (-9, -8, -7)
-    seeds: tuple[int, ...] = (0,)
+    log2_rates: tuple[int, ...] = (-10, -9, -8)
+    seeds: tuple[int, ...] = (0, 1, 2)
     fp8_loss_factor: float = 2.0**-5
     variants: tuple[str, ...] = ("float32", "FP8, naive", "FP8, unit_scale")
 
@@ -57,5 +57,6 @@ NANOGPT = GPTConfig(
     batch=64,
     length=256,
     log2_rates=(-10, -9),
+    seeds=(0,),
     fp8_loss_factor=1.0,
 )
