@@ -94,6 +94,7 @@ def test_a_folder_holds_one_run_and_says_how_it_was_made(tmp_path):
     claim(tmp_path / "run", {"config": {"seed": 0, "out": tmp_path}})
     found = json.loads((tmp_path / "run" / "config.json").read_text())
     assert {"jax", "flax", "python", "device", "command"} < {*found}
+    assert found["command"].startswith("python ")
     with pytest.raises(ValueError, match="`out` .*/run holds a run of another config"):
         claim(tmp_path / "run", {"config": {"seed": 1}})
 

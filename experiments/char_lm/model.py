@@ -99,7 +99,7 @@ class RegularBlock(nnx.Module):
             width // config.head_size,
             width,
             decode=False,
-            attention_fn=ft.partial(_attention, formats=config.formats),
+            attention_fn=ft.partial(plain_attention, formats=config.formats),
             **common,
         )
         self.attention_weight = config.attention_weight
@@ -178,7 +178,7 @@ def is_linear(product: jus.Product) -> bool:
     return len(product.rhs) < 4
 
 
-def _attention(
+def plain_attention(
     *qkv: jax.Array,
     formats: jus.Formats | None,
     mask: jax.Array | None = None,

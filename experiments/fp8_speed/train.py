@@ -158,7 +158,8 @@ def _smoothed(losses: list[float], window: int = 20) -> np.ndarray[Any, Any]:
 
 def _draw(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for kind, style in (("bf16 unit", "-"), ("fp8 unit", "--")):
+    styles: dict[Kind, str] = {"bf16 unit": "-", "fp8 unit": "--"}
+    for kind, style in styles.items():
         if kind in result["runs"]:
             smooth = _smoothed(result["runs"][kind]["losses"])
             axes.plot(smooth / math.log(2), style, label=NAMES[kind].replace("`", ""))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ def environment() -> dict[str, str]:
         "jax": jax.__version__,
         "flax": flax.__version__,
         "python": platform.python_version(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
 
 

@@ -85,16 +85,22 @@ class TransformedConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     loss_factor: float = 2.0**-14
     """What the loss in float16 is multiplied by."""
+    fp8_loss_factor: float = 1.0
+    """What the loss in FP8 is multiplied by."""
     eval_characters: int = 65536
+    variants: tuple[str, ...] = tuple(VARIANTS)
 
-    def model(self, precision: Precision) -> ModelConfig:
-        return ModelConfig(
-            "regular",
-            precision,
-            width=self.width,
-            depth=self.depth,
-            head_size=self.head_size,
-        )
+    def model(self, precision: Precision, vocabulary: int, seed: Any) -> nnx.Module:
+        """What is trained: ids [batch, length] to logits."""
+        size = {name: getattr(self, name) for name in ("width", "depth", "head_size")}
+        config = ModelConfig("regular", precision, **size)
+        return make_model(config, vocabulary, seed)
+
+    def factor(self, variant: Variant) -> float:
+        """What the variant's loss is multiplied by."""
+        if variant.precision == "float16":
+            return self.loss_factor
+        return self.fp8_loss_factor if variant.simulate is jus.simulate_fp8 else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +119,7 @@ def compare(config: TransformedConfig) -> list[Run]:
     """Runs all, writes `train.json` as it goes, the table and `loss.png`."""
     corpus = load_corpus(config.data)
     step_of = {
-        name: value_and_grad(config, variant, corpus)
-        for name, variant in VARIANTS.items()
+        name: value_and_grad(config, VARIANTS[name], corpus) for name in config.variants
     }
     config.out.mkdir(parents=True, exist_ok=True)
     runs: list[Run] = []
@@ -129,7 +134,7 @@ def compare(config: TransformedConfig) -> list[Run]:
 
     swept = [add("float32", rate, config.seeds[:1]) for rate in config.log2_rates]
     best = min(swept, key=lambda run: run.valid_bits).log2_rate
-    for name in VARIANTS:
+    for name in config.variants:
         add(name, best, config.seeds[1:] if name == "float32" else config.seeds)
     chosen = [run for run in runs if run.log2_rate == best]
     table = analysis.table(summary(chosen))
@@ -142,17 +147,17 @@ def value_and_grad(
     config: TransformedConfig, variant: Variant, corpus: Corpus
 ) -> Callable[..., Any]:
     """(parameters, inputs, targets) -> the loss in nats, and its gradients."""
-    model, count = config.model(variant.precision), len(corpus.vocabulary)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(model, count, 0)))
-    mean = make_loss(model)
-    factor = config.loss_factor if variant.precision == "float16" else 1.0
+    count, factor = len(corpus.vocabulary), config.factor(variant)
+    make = ft.partial(config.model, variant.precision, count)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(0)))
+    mean = make_loss(ModelConfig("regular"))
 
     def loss(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
         return factor * mean(nnx.merge(graph, params)(inputs), targets)
 
     step = jax.value_and_grad(variant.simulate(loss))
     if variant.unit_scale:
-        params = nnx.state(make_model(model, count, config.seeds[0]))
+        params = nnx.state(make(config.seeds[0]))
         first = _batch(config, corpus, 0, config.seeds[0])
         step = jus.unit_scale(step, params, first.inputs, first.targets)
 
@@ -171,8 +176,8 @@ def train(
     seeds: Sequence[int],
 ) -> Iterator[Run]:
     """A run of each seed, which begins with other parameters and sees other batches."""
-    model, count = config.model("float32"), len(corpus.vocabulary)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(model, count, 0)))
+    make = ft.partial(config.model, "float32", len(corpus.vocabulary))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(0)))
     schedule = warmup_cosine(2.0**log2_rate, warmup=config.warmup, steps=config.steps)
     adam = optimiser("regular", schedule)
 
@@ -189,7 +194,7 @@ def train(
 
     for seed in seeds:
         start = time.perf_counter()
-        params = nnx.state(make_model(model, count, seed))
+        params = nnx.state(make(seed))
         state, values = adam.init(params), []
         for i in range(config.steps):
             b = _batch(config, corpus, i, seed)
@@ -216,19 +221,24 @@ def summary(runs: list[Run]) -> list[dict[str, Any]]:
     """The table's rows: means over seeds, and each beside float32 of the same seeds."""
     bits = {
         name: np.array([run.valid_bits for run in runs if run.variant == name])
-        for name in VARIANTS
+        for name in _names(runs)
     }
     return [
         {
             "computed in": name,
             "valid. bits per character": f"{each.mean():.4f}",
             "beside float32": f"{each.mean() / bits['float32'].mean() - 1:+.2%}",
+            "in nats": f"{(each - bits['float32']).mean() * math.log(2):+.4f}",
             "of each seed": " ".join(
                 f"{ratio - 1:+.2%}" for ratio in each / bits["float32"]
             ),
         }
         for name, each in bits.items()
     ]
+
+
+def _names(runs: list[Run]) -> list[str]:
+    return [*dict.fromkeys(run.variant for run in runs)]
 
 
 def draw(runs: list[Run], path: Path) -> None:
@@ -240,7 +250,7 @@ def draw(runs: list[Run], path: Path) -> None:
                 *(run.train_bits for run in runs if run.variant == name), strict=True
             )
         ]
-        for name in VARIANTS
+        for name in _names(runs)
     }
     figure = analysis.curves(
         lines, x="step", y="training loss (bits per character)", styles=STYLES

@@ -1,0 +1,1 @@
+"""What scale and depth do to a model: four small scripts, with a picture each."""
