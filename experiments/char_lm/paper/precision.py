@@ -35,6 +35,7 @@ PRECISIONS: dict[str, Precision] = {
     "fp8": Precision("float16", "float16", True, jus.SIMULATED_FP8),
     "fp8, master": Precision("float16", formats=jus.SIMULATED_FP8),
     "fp8 in float32": Precision(formats=jus.SIMULATED_FP8),
+    "fp8 native": Precision("bfloat16", formats=jus.NATIVE_FP8),
 }
 
 
