@@ -190,9 +190,9 @@ def test_with_nothing_rewritten_it_is_the_same_program(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_rounding_to_float32_changes_no_number(name):
     """It is a format as well. Between its operations XLA fuses others, and so adds in
-    another order: a sum of n numbers then errs by n units of them, and none here has more
-    than 256 (8 x 8 x 4 places; 32 features). They may cancel (a key's bias has a gradient
-    of zero), so the unit is that of the largest gradient."""
+    another order: a sum of n numbers then errs by n units of them, and none here has
+    more than 256 (8 x 8 x 4 places; 32 features). They may cancel (a key's bias has a
+    gradient of zero), so the unit is that of the largest gradient."""
     loss, params, x = MODELS[name]()
     want = jax.jit(VALUE_AND_GRAD(loss))(params, x)
     t = ft.partial(simulate_format, fwd=jus.FP32, bwd=jus.FP32)
