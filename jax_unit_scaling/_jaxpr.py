@@ -947,6 +947,15 @@ class Call:
 
         self.region = Region(*_open(jax.make_jaxpr(flat_fn)(*self.leaves)))
 
+    def check_concrete(self, reason: str, instead: str) -> None:
+        """Raises TypeError if an input is traced."""
+        for path, leaf in zip(self.paths, self.leaves, strict=True):
+            if isinstance(leaf, jax.core.Tracer):
+                raise TypeError(
+                    f"`{path}` must be concrete, as {reason}, got a traced "
+                    f"{jax.typeof(leaf)}: {instead}."
+                )
+
     def gives_loss(self, has_aux: bool) -> bool:
         """Whether it returns one array, or a pair of one and an auxiliary value, which
         is the first output then."""

@@ -176,14 +176,11 @@ def audit_gradients(
 
     def audited(*args: Any, **kwargs: Any) -> Audit:
         call, inputs = traced_loss(fn, wanted, has_aux, args, kwargs)
-        for path, leaf in zip(call.paths, call.leaves, strict=True):
-            if isinstance(leaf, jax.core.Tracer):
-                raise TypeError(
-                    f"`{path}` must be concrete, as gradients are compared, got "
-                    f"a traced {jax.typeof(leaf)}: call `audit_gradients` outside of "
-                    "jit and of other transformations, on what they give: "
-                    "`audit_gradients(simulate_fp8(loss))`."
-                )
+        call.check_concrete(
+            "gradients are compared",
+            "call `audit_gradients` outside of jit and of other transformations, on "
+            "what they give: `audit_gradients(simulate_fp8(loss))`",
+        )
         facts = _Ratios(call).of_inputs()
         scaled = _gradients(Interpreter(), call, inputs)
         true = _gradients(_True(), call, inputs)

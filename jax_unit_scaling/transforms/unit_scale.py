@@ -150,13 +150,9 @@ def unit_scale(
             f"result, got {type(scales).__name__}."
         )
     call = Call(fn, example_args, example_kwargs)
-    for path, leaf in zip(call.paths, call.leaves, strict=True):
-        if isinstance(leaf, jax.core.Tracer):
-            raise TypeError(
-                f"`{path}` must be concrete, as its scale is measured, got a "
-                f"traced {jax.typeof(leaf)}: "
-                "call `unit_scale` outside of jit, grad and vmap."
-            )
+    call.check_concrete(
+        "its scale is measured", "call `unit_scale` outside of jit, grad and vmap"
+    )
     # Where something else is being traced, this is not to be part of it.
     traced = isinstance(jnp.zeros(()), jax.core.Tracer)
     with jax.ensure_compile_time_eval() if traced else contextlib.nullcontext():
