@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import functools as ft
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,13 +53,16 @@ DotDimensionNumbers = tuple[
 RESIDUAL = "fp8_residual"
 # In the name stack of each 8-bit product: what a compiled program is searched for.
 SCOPE = "fp8_product"
+# In that of a product whose native formats are simulated.
+SIMULATED_SCOPE = "fp8_simulated"
 
 
 def in_formats(product: Product, formats: Formats | None) -> Product:
     """The product of operands, and of cotangents, in `formats`.
 
     Of native ones a dot is an 8-bit product. What is no dot (a convolution, a ragged
-    dot) is simulated: XLA has 8-bit kernels for neither's backward products.
+    dot) is simulated: XLA has 8-bit kernels for neither's backward products. A warning
+    says so, once for each kind.
     """
     if formats is None:
         return product
@@ -84,12 +88,15 @@ def _simulated(product: Product, formats: ScaledFormats) -> Product:
 
 def _native(product: Product, formats: ScaledFormats) -> Product:
     def of_cast(lhs: Array, rhs: Array) -> Array:
-        _tell_once()
         native = transform(product, lambda region: (_Native(formats), Side()))
         try:
-            return native(lhs, rhs)
-        except _NoSingleDot:
-            return _simulated(product, formats)(lhs, rhs)
+            y = native(lhs, rhs)
+        except _NoSingleDot as no_dot:
+            _tell_once_of(str(no_dot))
+            with jax.named_scope(SIMULATED_SCOPE):
+                return _simulated(product, formats)(lhs, rhs)
+        _tell_once()
+        return y
 
     return of_cast
 
@@ -105,8 +112,16 @@ _MOVES = (
 )
 
 
+# What is multiplied, by primitive: a dot is native, the others are simulated.
+_PRODUCTS = {
+    "dot_general": "a dot",
+    "conv_general_dilated": "a convolution",
+    "ragged_dot_general": "a ragged dot",
+}
+
+
 class _NoSingleDot(Exception):
-    pass
+    """Says what it is instead."""
 
 
 class _Native(Interpreter):
@@ -116,34 +131,31 @@ class _Native(Interpreter):
         self._formats = formats
 
     def begin(self, region: Any, cotangents: Sequence[bool]) -> None:
-        dots = []
+        dots, others = [], set()
 
         def transfer(equation: Equation, given: list[Any]) -> list[Any]:
             if self.wants(equation):
                 dots.append(given)
-            elif equation.primitive not in _MOVES:
-                raise _NoSingleDot  # a sum, which would come before the rounding
+            if equation.primitive not in (*_MOVES, "dot_general"):
+                others.add(equation.primitive)
             return [max(given, default=0)] * len(equation.outvars)
 
         # einsum may hand its operands to the dot in the other order.
         flow(region, [1, 2], transfer, join=max, bottom=0)
-        if sorted(map(tuple, dots)) not in ([(1, 2)], [(2, 1)]):
-            raise _NoSingleDot
+        if named := [name for name in _PRODUCTS if name in others]:
+            raise _NoSingleDot(_PRODUCTS[named[0]])
+        # A sum would come before the rounding.
+        if others or sorted(map(tuple, dots)) not in ([(1, 2)], [(2, 1)]):
+            raise _NoSingleDot("an operation that is not one dot of its operands")
         if dots[0] == [2, 1]:
             self._formats = self._formats.swapped
 
     def wants(self, equation: Equation) -> bool:
-        return equation.primitive in (
-            "dot_general",
-            "conv_general_dilated",
-            "ragged_dot_general",
-        )
+        return equation.primitive in _PRODUCTS
 
     def rewrite(
         self, equation: Equation, side: Side, *args: Any
     ) -> tuple[Sequence[Any], None]:
-        if equation.primitive != "dot_general":
-            raise _NoSingleDot
         params = equation.params
         lhs, rhs = args
         y = dot_general(
@@ -471,24 +483,54 @@ def _struct(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeSt
 # -- Hardware --------------------------------------------------------------------------
 
 
-def is_native() -> bool:
-    """Whether the default backend has units for 8-bit products: NVIDIA GPUs of compute
-    capability 8.9 (Ada, Hopper) and later, TPUs of the seventh generation and later."""
+def on_cuda() -> bool:
+    """Whether the default backend is NVIDIA's."""
+    return _compute_capability() is not None
+
+
+def _compute_capability() -> tuple[int, int] | None:
+    """Of an NVIDIA GPU: (9, 0) for Hopper. None elsewhere; an AMD GPU's is a name, such
+    as "gfx942"."""
     device = jax.devices()[0]
-    if device.platform == "gpu":
-        major, minor, *_ = (*map(int, str(device.compute_capability).split(".")), 0)
-        return (major, minor) >= (8, 9)
+    number = re.match(r"(\d+)\.?(\d*)", str(getattr(device, "compute_capability", "")))
+    if device.platform != "gpu" or number is None:
+        return None
+    return int(number[1]), int(number[2] or 0)
+
+
+# As JAX names devices of the seventh generation ("TPU v7x", "TPU7x").
+_NATIVE_TPUS = ("v7", "tpu7", "ironwood")
+
+
+def is_native() -> bool:
+    """Whether the default backend is known to have units for products of these formats.
+
+    So have NVIDIA's GPUs of compute capability 8.9 (Ada, Hopper) and later, and TPUs of
+    the seventh generation and later. AMD's are not counted: the first with such units
+    multiply other formats (E4M3FNUZ, E5M2FNUZ), and the later ones were not tried.
+    """
+    device = jax.devices()[0]
     if device.platform == "tpu":
-        return any(x in device.device_kind.lower() for x in ("v7", "tpu7", "ironwood"))
-    return False
+        return any(x in device.device_kind.lower() for x in _NATIVE_TPUS)
+    return (_compute_capability() or (0, 0)) >= (8, 9)
 
 
 @ft.cache
 def _tell_once() -> None:
     if not is_native():
         warnings.warn(
-            f"native FP8 formats on {jax.devices()[0].device_kind}, which has no units "
-            "for 8-bit products: results are the same, but 8 bits are widened for each "
-            "product, which is slow.",
+            f"native FP8 formats on {jax.devices()[0].device_kind}, which is not known "
+            "to have units for 8-bit products: results are the same, but 8 bits are "
+            "widened for each product, which is slow.",
             stacklevel=2,
         )
+
+
+@ft.cache
+def _tell_once_of(kind: str) -> None:
+    warnings.warn(
+        f"native FP8 formats on {kind}: they are simulated, for XLA has no 8-bit "
+        "kernels for it and its backward products. Results are rounded as native "
+        "ones, and no faster than without formats.",
+        stacklevel=2,
+    )

@@ -258,17 +258,25 @@ def test_under_vmap_scan_and_remat():
 def test_a_remat_policy_keeps_the_8_bit_residuals():
     x, w = normal(0, 64, 128), normal(1, 128, 128)
     policy = jax.checkpoint_policies.save_only_these_names(fp8.RESIDUAL)
-    layer = jax.checkpoint(lambda x: jnp.tanh(_linear(x, w)), policy=policy)
-    kept = (
-        [aval for aval, _ in jax.ad_checkpoint.saved_residuals(layer, x)]
-        if hasattr(jax.ad_checkpoint, "saved_residuals")
-        else []
-    )
-    expected = jax.grad(lambda x: jnp.tanh(_linear(x, w)).sum())(x)
-    np.testing.assert_allclose(
-        jax.grad(lambda x: layer(x).sum())(x), expected, rtol=1e-5
-    )
-    assert all(a.dtype.itemsize <= 4 for a in kept)
+
+    def layer(x, w):
+        return jnp.tanh(_linear(jnp.sin(x), w))
+
+    y, pull = jax.vjp(jax.checkpoint(layer, policy=policy), x, w)
+    given = [a.unsafe_buffer_pointer() for a in (x, w)]
+    kept = [
+        z
+        for z in jax.tree.leaves(pull)
+        if getattr(z, "size", 0) > 16 and z.unsafe_buffer_pointer() not in given
+    ]
+    # Both operands, and nothing of the sine and the tangent.
+    assert sorted((z.dtype.itemsize, z.size) for z in kept) == [
+        (1, x.size),
+        (1, w.size),
+    ]
+    expected = jax.vjp(layer, x, w)[1](y)
+    for a, b in zip(pull(y), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 MODULES = {
@@ -426,26 +434,143 @@ def test_jit_is_jax_jit_elsewhere():
     assert donated(jnp.float32(2)) == 3
     double.clear_cache()
 
-    class Model:
-        @jus.jit
-        def forward(self, x):
-            return x + 1
-
     with pytest.raises(TypeError, match="`fn` must be a function"):
         jus.jit(3)
 
 
-def test_jit_sets_its_options_on_a_gpu_alone(monkeypatch):
-    given = {}
-    monkeypatch.setattr(jax, "jit", lambda fn, **kw: given.update(kw) or fn)
+# One that a CPU knows too, in place of a GPU's own.
+OPTIONS = {"xla_embed_ir_in_executable": True}
+
+
+@jax.tree_util.register_static
+class Model:
+    calls = 0
+
+    @ft.partial(jus.jit, compiler_options=OPTIONS)
+    def forward(self, x):
+        type(self).calls += 1
+        return x @ x
+
+
+def test_jit_of_a_method():
+    x, model = normal(0, 4, 4), Model()
+    np.testing.assert_allclose(model.forward(x), x @ x, rtol=1e-6)
+    np.testing.assert_allclose(model.forward(x), x @ x, rtol=1e-6)
+    assert Model.calls == 1
+    assert "dot_general" in model.forward.lower(x).as_text()
+    assert model.forward.trace(x).jaxpr.eqns
+    assert model.forward.eval_shape(x).shape == (4, 4)
+    assert jax.jit(model.forward)(x).shape == (4, 4)
+    for fn in (model.forward, ft.partial(Model.forward, model)):
+        assert len(jus.fp8_products(fn, x)) == 1
+
+
+def test_a_method_of_jax_jit_is_read():
+    class Plain(Model):
+        forward = jax.jit(lambda self, x: x @ x)
+
+    jax.tree_util.register_static(Plain)
+    assert len(jus.fp8_products(Plain().forward, normal(0, 4, 4))) == 1
+
+
+def test_jit_without_a_function_is_a_decorator():
+    @jus.jit(static_argnames="n")
+    def times(x, n):
+        return x * n
+
+    assert times(jnp.float32(2), n=3) == 6
+    assert len(jus.fp8_products(ft.partial(times, n=3), jnp.float32(2))) == 0
+
+
+INSIDE = {
+    "jit": lambda f: jax.jit(lambda x: f(x)),
+    "another of its own": lambda f: jus.jit(lambda x: f(x), compiler_options=OPTIONS),
+    "jit, of a constant": lambda f: jax.jit(lambda x: x + f(np.ones(3, np.float32))),
+    "scan": lambda f: lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, length=2)[0],
+    "grad": lambda f: jax.grad(lambda x: f(x).sum()),
+    "linearize": lambda f: lambda x: jax.linearize(f, x)[0],
+    "vmap": jax.vmap,
+    "make_jaxpr": lambda f: lambda x: jax.make_jaxpr(f)(x).jaxpr.eqns and x,
+    "checkpoint": lambda f: jax.grad(lambda x: jax.checkpoint(f)(x).sum()),
+    "simulate_fp8": jus.simulate_fp8,
+    "track_scales": lambda f: lambda x: jus.track_scales(f)(x)[0],
+    "unit_scale": lambda f: lambda x: jus.unit_scale(f, x)(x),
+}
+
+
+@pytest.mark.parametrize("where", INSIDE)
+def test_jit_with_options_inside_of_another_transformation(where):
+    def plain(x):
+        return 2 * x
+
+    x, fn = jnp.ones(3), jus.jit(plain, compiler_options=OPTIONS)
+    np.testing.assert_allclose(INSIDE[where](fn)(x), INSIDE[where](jax.jit(plain))(x))
+
+
+def a_gpu(capability, platform="gpu", kind="a GPU"):
+    fields = {"platform": platform, "device_kind": kind}
+    if capability is not None:
+        fields["compute_capability"] = capability
+    return type("Device", (), fields)()
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "native"),
+    [
+        ("8.0", True, False),
+        ("8.6", True, False),
+        ("8.9", True, True),
+        ("9.0", True, True),
+        ("10.0", True, True),
+        ("9", True, True),
+        ("gfx942", False, False),
+        ("gfx90a", False, False),
+        (None, False, False),
+    ],
+)
+def test_which_gpus_are_native(monkeypatch, capability, cuda, native):
+    monkeypatch.setattr(jax, "devices", lambda: [a_gpu(capability)])
+    assert fp8.on_cuda() == cuda and fp8.is_native() == native
+
+
+@pytest.mark.parametrize(
+    ("kind", "native"),
+    [
+        ("TPU v4", False),
+        ("TPU v5 lite", False),
+        ("TPU v6e", False),
+        ("TPU v7x", True),
+        ("TPU7x", True),
+    ],
+)
+def test_which_tpus_are_native(monkeypatch, kind, native):
+    monkeypatch.setattr(jax, "devices", lambda: [a_gpu(None, "tpu", kind)])
+    assert not fp8.on_cuda() and fp8.is_native() == native
+
+
+def test_products_on_an_amd_gpu(monkeypatch):
+    fp8._tell_once.cache_clear()
+    monkeypatch.setattr(jax, "devices", lambda: [a_gpu("gfx942", kind="MI300X")])
+    with pytest.warns(UserWarning, match="MI300X, which is not known to have units"):
+        _linear(normal(0, 4, 8), normal(1, 8, 4))
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        (None, OPTIONS),
+        ("gfx942", OPTIONS),
+        ("9.0", {"xla_gpu_enable_triton_gemm": False, **OPTIONS}),
+    ],
+)
+def test_jit_sets_its_options_on_nvidias_gpus_alone(monkeypatch, capability, expected):
+    given = []
+    monkeypatch.setattr(jax, "jit", lambda fn, **kw: given.append(kw) or fn)
+    monkeypatch.setattr(jax, "devices", lambda: [a_gpu(capability)])
+    jus.jit(abs, compiler_options=OPTIONS)(-1)
     jus.jit(abs)(-1)
-    assert given["compiler_options"] is None
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    jus.jit(abs, compiler_options={"xla_embed_ir_in_executable": True})(-1)
-    assert given["compiler_options"] == {
-        "xla_gpu_enable_triton_gemm": False,
-        "xla_embed_ir_in_executable": True,
-    }
+    own = {k: v for k, v in expected.items() if k not in OPTIONS} or None
+    assert [kw["compiler_options"] for kw in given] == [expected, own]
 
 
 GPU_PROGRAM = """\
@@ -466,6 +591,28 @@ ENTRY %main (x: f8e4m3fn[64,96], w: f8e4m3fn[160,96]) -> bf16[64,160] {
 }
 """  # noqa: E501
 
+# By hand, from the pieces that XLA's source names: nothing here was on a GPU.
+GPU_FACTORS = """\
+ENTRY %main (x: f8e4m3fn[64,96], w: f8e4m3fn[160,96], s: f32[], y: bf16[2,8,8,16], k: bf16[3,3,16,8]) -> bf16[64,160] {
+  %x = f8e4m3fn[64,96]{1,0} parameter(0)
+  %w = f8e4m3fn[160,96]{1,0} parameter(1)
+  %s = f32[] parameter(2)
+  %y = bf16[2,8,8,16]{3,2,1,0} parameter(3)
+  %k = bf16[3,3,16,8]{3,2,1,0} parameter(4)
+  %half = bf16[] constant(0.5)
+  %c.1 = c64[] constant((1, 2))
+  %wide = f32[] convert(%half)
+  %one = f32[] constant(1)
+  %gemm.1 = (bf16[64,160]{1,0}, s8[33554432]{0}) custom-call(%x, %w, %wide, %one), custom_call_target="__cublas$lt$matmul$f8", metadata={op_name="jit(step)/up/fp8_product/dot_general"}, backend_config={"gemm_backend_config":{"alpha_real":0.25}}
+  %gemm.2 = (bf16[64,160]{1,0}, s8[33554432]{0}) custom-call(%x, %w, %s, %one), custom_call_target="__cublas$lt$matmul$f8", metadata={op_name="jit(step)/up/fp8_product/dot_general"}
+  %gemm.3 = (bf16[64,160]{1,0}, s8[33554432]{0}) custom-call(%up.1, %up.2), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/up/fp8_product/dot_general"}
+  %cudnn-conv.1 = (bf16[2,8,8,8]{3,2,1,0}, u8[0]{0}) custom-call(%y, %k), window={size=3x3}, custom_call_target="__cudnn$convForward", metadata={op_name="jit(step)/fp8_simulated/conv_general_dilated"}
+  %fmha = (bf16[2,8,8,16]{3,2,1,0}, u8[0]{0}) custom-call(%y, %y, %y), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="jit(step)/attention"}
+  %norm = (bf16[2,8,8,16]{3,2,1,0}, u8[0]{0}) custom-call(%y, %y, %y), custom_call_target="__cudnn$norm"
+  %conv.2 = bf16[2,8,8,8]{3,2,1,0} convolution(%y, %k), window={size=3x3}, metadata={op_name="jit(step)/conv_general_dilated"}
+}
+"""  # noqa: E501
+
 
 def test_a_gpu_program_is_read():
     products = read(GPU_PROGRAM)
@@ -483,6 +630,74 @@ def test_a_gpu_program_is_read():
     table = str(CompiledProducts(tuple(products), "a GPU"))
     assert table.startswith("1 of 3 products in 8 bits on a GPU")
     assert "jit(step)/down/dot_general" in table and "no FP8" in table
+
+
+def test_all_kinds_of_a_gpus_products_are_read():
+    products = read(GPU_FACTORS, native=True)
+    assert [(p.kind, p.kernel) for p in products] == [
+        *2 * [("dot", "cuBLASLt FP8")],
+        ("dot", "cuBLAS"),
+        ("convolution", "cuDNN"),
+        ("attention", "cuDNN"),
+        ("convolution", "XLA"),
+    ]
+    # A factor of an operand is one of the product; the second one's is no constant.
+    assert [p.scale for p in products[:3]] == [0.125, None, 1.0]
+    assert [p.is_fp8 for p in products] == 2 * [True] + 4 * [False]
+    widened, conv, attention, plain = products[2:]
+    assert "this backend has 8-bit products, but XLA took none" in widened.reason
+    assert "no 8-bit kernel for a convolution" in conv.reason == plain.reason
+    assert "native formats have no effect" in attention.reason
+    widened = read(GPU_FACTORS, native=False)[2]
+    assert "this backend has no 8-bit product" in widened.reason
+    narrow = dataclasses.replace(attention, lhs=products[0].lhs, rhs=products[0].rhs)
+    assert narrow.is_fp8
+
+
+SIMULATED_ONES = {
+    "a convolution": (
+        jus.conv,
+        ((2, 8, 16), (3, 16, 8)),
+        "no 8-bit kernel for a convolution",
+    ),
+    "a ragged dot": (
+        lambda x, w, formats: jus.ragged_dot(x, w, jnp.array([10, 6]), formats=formats),
+        ((16, 32), (2, 32, 8)),
+        "not one dot of its operands: its native formats are simulated",
+    ),
+    "an operation that is not one dot": (
+        ft.partial(jus.einsum, "abz,cb->ca"),
+        ((64, 32, 2), (48, 32)),
+        "not one dot of its operands: its native formats are simulated",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SIMULATED_ONES)
+@pytest.mark.parametrize("native", [False, True])
+def test_what_is_simulated_is_said_and_listed(monkeypatch, kind, native):
+    fn, shapes, reason = SIMULATED_ONES[kind]
+    step = jax.grad(lambda *a: (fn(*a, formats=NATIVE) ** 2).sum(), (0, 1))
+    args = [normal(i, *s) for i, s in enumerate(shapes)]
+    monkeypatch.setattr(fp8, "is_native", lambda: native)
+    fp8._tell_once_of.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            step(*args)
+    assert [str(w.message).partition(":")[0] for w in caught] == [
+        f"native FP8 formats on {kind}"
+        + (" of its operands" if kind.startswith("an op") else "")
+    ]
+    found = jus.fp8_products(step, *args)
+    assert len(found) == 3 and all(reason in p.reason for p in found)
+    with pytest.raises(AssertionError, match="3 of 3 products are not 8-bit"):
+        jus.assert_fp8(step, *args)
+
+
+def test_a_program_without_products_is_no_8_bit_one():
+    with pytest.raises(AssertionError, match="has no products, in 8 bits or wider"):
+        jus.assert_fp8(lambda x: x + 1, jnp.ones(3))
 
 
 def test_assert_fp8_says_which_are_not_and_why():
