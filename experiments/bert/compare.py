@@ -115,22 +115,24 @@ PRESETS: dict[str, tuple[str, Config]] = {
         "A small one: ten minutes of a CPU.",
         Config(
             out=Path("runs/bert_cpu"),
-            model=ModelConfig(width=128, depth=4, head_size=32, positions=64),
+            model=ModelConfig(width=64, depth=3, head_size=16, positions=32),
             kinds=(
                 "regular float32",
                 "regular float16",
+                "regular fp8",
                 "unit-scaled float32",
                 "unit-scaled float16",
                 "unit-scaled fp8",
             ),
-            characters=2**22,
-            vocabulary=2048,
-            regular_log2_rates=(-7, -6, -5),
-            unit_log2_rates=(-7, -6, -5),
-            warmup=50,
-            steps=500,
-            batch=16,
-            length=64,
+            characters=2**21,
+            vocabulary=512,
+            regular_log2_rates=(-8, -7, -6, -5),
+            unit_log2_rates=(-8, -7, -6, -5),
+            warmup=100,
+            steps=1000,
+            seconds=math.inf,
+            batch=32,
+            length=32,
         ),
     ),
     "smoke": (
@@ -280,17 +282,24 @@ def report(config: Config, found: Sequence[Run]) -> None:
     text = [columns, ["---"] * len(columns), *([*row.values()] for row in table)]
     markdown = "".join(f"| {' | '.join(cells)} |\n" for cells in text)
     (config.out / "table.md").write_text(markdown)
-    lines = [Line(r.kind, _smooth(r.losses)) for r in best(config, found)]
+    runs = best(config, found)
+    steps = min(len(r.losses) for r in runs)
+    first = np.array(runs[0].losses[:steps])
+    beside = [Line(r.kind, _smooth(r.losses[:steps] - first)) for r in runs]
+    lines = [Line(r.kind, _smooth(r.losses)) for r in runs]
     m, about = config.model, environment()
     note = (
         f"{m.depth} layers of {m.width}, {config.batch} x {config.length}, "
         f"{config.optimiser}, seed {config.seed}; {about['device']}, jax {about['jax']}"
     )
-    panel = Panel("Masked-language-model loss", "step", "nats", lines)
-    draw([[panel]], config.out / "loss.png", note=note, colours="tab10")
+    panels = (
+        Panel("Masked-language-model loss", "step", "nats", lines),
+        Panel("", "step", f"nats beside {runs[0].kind}", beside),
+    )
+    draw([[p] for p in panels], config.out / "loss.png", note=note, colours="tab10")
 
 
-def _smooth(losses: Sequence[float], points: int = 50) -> list[tuple[float, float]]:
+def _smooth(losses: Any, points: int = 50) -> list[tuple[float, float]]:
     """Means over so many pieces of a curve."""
     size = max(1, len(losses) // points)
     ends = range(size, len(losses) + 1, size)
