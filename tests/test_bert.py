@@ -22,6 +22,7 @@ from experiments.bert.finetune import FinetuneConfig, _batch, finetune
 from experiments.bert.model import TINY, MaskedLM, SpanModel
 from experiments.bert.pretrain import PretrainConfig, pretrain
 from experiments.bert.squad import (
+    Question,
     Windows,
     decode,
     exact,
@@ -451,6 +452,25 @@ def test_decoding_keeps_order_length_and_the_threshold(encoder):
     logits[0, :, 0] = 6  # 12 for none, 10 for the span
     assert of(may_be_none=True) == {"light-1": ""}
     assert of(may_be_none=True, threshold=3.0) == of() == text(6, 7)
+
+
+def test_no_answer_has_the_least_score_of_all_windows(encoder):
+    questions = read_questions(SAMPLE)[:1]
+    found = windows(questions, encoder, length=40, stride=8)
+    logits = np.zeros((len(found.ids), 2, 40))
+    logits[:, :, 0] = 5  # but for one window, which has an answer
+    logits[1, 0, found.spans[1, 0]] = 3
+    assert decode(questions, found, logits, may_be_none=True)["light-1"] == ""
+    logits[1, :, 0] = 1
+    assert decode(questions, found, logits, may_be_none=True)["light-1"] != ""
+
+
+def test_an_answer_may_touch_what_is_beside_it(encoder):
+    context = "Its lamp (whale oil), burned until 1871."
+    question = Question("q", "What?", context, ("whale oil",), (10,))
+    found = windows([question], encoder, length=64, stride=8)
+    (first, last), offsets = found.spans[0], found.offsets[0]
+    assert context[offsets[first, 0] : offsets[last, 1]] == "whale oil"
 
 
 def test_files_of_another_form_are_named(tmp_path, encoder):
