@@ -15,7 +15,7 @@ from flax import nnx
 
 from experiments.char_lm.demo import DemoConfig, demo
 from experiments.char_lm.histogram import initial_histograms
-from experiments.char_lm.model import ModelConfig, make_loss, make_model
+from experiments.char_lm.model import ModelConfig, make_model
 from experiments.char_lm.sweep import SweepConfig, sweep
 from experiments.char_lm.train import (
     TrainConfig,
@@ -24,6 +24,7 @@ from experiments.char_lm.train import (
     train,
 )
 from experiments.shared.data import load_corpus, train_batch
+from experiments.shared.layers import make_loss
 from experiments.shared.record import read_metrics
 from jax_unit_scaling import analysis
 
@@ -94,7 +95,9 @@ def test_the_values_at_initialisation_are_those_of_the_model(folder):
     vocabulary = len(corpus.vocabulary)
     found = initial_histograms(config.model, vocabulary, 0, b.inputs, b.targets)
     graph, params = nnx.split(make_model(config.model, vocabulary, 0))
-    loss = lambda p: make_loss(config.model)(nnx.merge(graph, p)(b.inputs), b.targets)
+    loss = lambda p: make_loss(config.model.parametrisation)(
+        nnx.merge(graph, p)(b.inputs), b.targets
+    )
     grads = jax.jit(jax.grad(loss))(params)
     for name, values in (("weights", params), ("weight gradients", grads)):
         want = analysis.histogram(jax.tree.leaves(values))

@@ -15,9 +15,7 @@ from experiments.char_lm.paper.model import (
     Model,
     ModelConfig,
     causal_product,
-    make_loss,
 )
-from experiments.char_lm.paper.precision import PRECISIONS, Precision, store
 from experiments.char_lm.paper.report import (
     Run,
     half_width,
@@ -27,6 +25,8 @@ from experiments.char_lm.paper.report import (
 )
 from experiments.char_lm.paper.search import Search, settings
 from experiments.char_lm.paper.training import Setting, make_training
+from experiments.shared.layers import make_loss
+from experiments.shared.precision import PRECISIONS, Precision, store
 from experiments.shared.record import read_lines
 
 SMALL = {"width": 32, "depth": 1, "head_size": 16, "kernel_size": 3, "groups": 4}

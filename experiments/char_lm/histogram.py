@@ -8,7 +8,8 @@ from flax import nnx
 import jax_unit_scaling as jus
 from jax_unit_scaling.analysis import Histogram, pooled
 
-from .model import ModelConfig, is_linear, make_loss, make_model
+from ..shared.layers import make_loss
+from .model import ModelConfig, is_linear, make_model
 
 
 def initial_histograms(
@@ -16,7 +17,7 @@ def initial_histograms(
 ) -> dict[str, Histogram]:
     """Of weights, activations into linear layers, and the gradients of either."""
     graph, params = nnx.split(make_model(config, vocabulary, seed))
-    mean = make_loss(config)
+    mean = make_loss(config.parametrisation)
 
     def loss(params: Any) -> jax.Array:
         return mean(nnx.merge(graph, params)(inputs), targets)

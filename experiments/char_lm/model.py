@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 import jax_unit_scaling as jus
 
-Parametrisation = Literal["regular", "unit"]
+from ..shared.layers import Parametrisation as Parametrisation, plain_attention
+
 Precision = Literal["float32", "bfloat16", "float16", "fp8"]
 
 
@@ -149,18 +149,6 @@ def make_model(config: ModelConfig, vocabulary: int, seed: Any) -> nnx.Module:
     return models[config.parametrisation](config, vocabulary, rngs=rngs)
 
 
-def make_loss(config: ModelConfig) -> Any:
-    """loss(logits, targets): the value is the same mean in nats for both."""
-    if config.parametrisation == "unit":
-        return jus.cross_entropy
-
-    def regular(logits: jax.Array, targets: jax.Array) -> jax.Array:
-        wide = logits.astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(wide, targets).mean()
-
-    return regular
-
-
 def simulated(config: ModelConfig, fn: Any) -> Any:
     """`fn` of the model in its precision: linear layers of the plain one are rounded.
 
@@ -176,29 +164,3 @@ def simulated(config: ModelConfig, fn: Any) -> Any:
 def is_linear(product: jus.Product) -> bool:
     """Attention's own products have four axes, of batch and heads two."""
     return len(product.rhs) < 4
-
-
-def plain_attention(
-    *qkv: jax.Array,
-    formats: jus.Formats | None,
-    mask: jax.Array | None = None,
-    is_causal: bool = False,
-    **_: Any,
-) -> jax.Array:
-    """Plain attention with rotary positions, rounded where the unit-scaled one is."""
-    query, key, value = jus.rotary(qkv[0]), jus.rotary(qkv[1]), qkv[2]
-    scale = query.shape[-1] ** -0.5
-    if formats is not None and formats.fwd is not None:
-        query, key, value = (
-            jus.quantize_fwd(x, formats.fwd) for x in (query, key, value)
-        )
-    logits = jnp.einsum(
-        "bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32
-    )
-    causal = jnp.tri(logits.shape[-2], logits.shape[-1], dtype=bool)
-    logits = jnp.where(causal, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits * scale).astype(value.dtype)
-    y = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-    if formats is not None and formats.bwd is not None:
-        y = jus.quantize_bwd(y, formats.bwd)
-    return y

@@ -11,7 +11,8 @@ from flax import nnx
 
 import jax_unit_scaling as jus
 
-from .model import ModelConfig, Parametrisation, make_loss, make_model, simulated
+from ..shared.layers import Parametrisation, make_loss
+from .model import ModelConfig, make_model, simulated
 
 Optimiser = Literal["adam", "lion"]
 
@@ -44,7 +45,7 @@ def make_training(
         make_optimiser: gives the optimiser of a learning rate, which may be traced.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(model, vocabulary, 0)))
-    loss = make_loss(model)
+    loss = make_loss(model.parametrisation)
 
     def init(seed: Any) -> Any:
         params = nnx.state(make_model(model, vocabulary, seed))

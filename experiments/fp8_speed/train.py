@@ -25,8 +25,10 @@ import optax
 
 import jax_unit_scaling as jus
 
-from ..shared.data import Ids, load_corpus, train_batch
+from ..shared.data import Ids, load_corpus, text_of, train_batch
+from ..shared.loop import timed_steps
 from ..shared.record import environment
+from ..shared.tokens import byte_pairs, encode
 from .model import NAMES, Kind, LanguageModel, Size
 from .run import FIGURES
 
@@ -51,23 +53,9 @@ class TrainConfig:
 
 
 def tokens(data: Path | None, vocabulary: int) -> Ids:
-    """The training text as ids of a byte-pair encoding that is trained on it.
-
-    Raises:
-        ImportError: without the package `tokenizers`.
-    """
-    try:
-        import tokenizers  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as e:
-        raise ImportError("this needs `pip install tokenizers`.") from e
-    corpus = load_corpus(data, "bytes")
-    text = corpus.train.astype(np.uint8).tobytes().decode()
-    lines = text.splitlines(keepends=True)
-    encoder = tokenizers.ByteLevelBPETokenizer()
-    encoder.train_from_iterator(lines, vocab_size=vocabulary, show_progress=False)
-    pieces = ["".join(lines[i : i + 256]) for i in range(0, len(lines), 256)]
-    ids = [np.asarray(x.ids, np.int32) for x in encoder.encode_batch(pieces)]
-    return np.concatenate(ids)
+    """The training text as ids of a byte-pair encoding that is trained on it."""
+    text = text_of(load_corpus(data, "bytes").train)
+    return encode(byte_pairs(text, vocabulary), text)
 
 
 def _optimiser(config: TrainConfig, kind: Kind) -> optax.GradientTransformation:
@@ -122,18 +110,17 @@ def _train(config: TrainConfig, kind: Kind, ids: Ids) -> dict[str, Any]:
     compile_s = time.perf_counter() - start
     products = jus.compiled.read(program.as_text())
     steps = config.plain_steps if kind == "bf16" else config.steps
-    losses: list[Any] = []
-    for i in range(steps):
-        if i == config.settled:
-            jax.block_until_ready(state)
-            start = time.perf_counter()
-        # Nothing waits for a step: the next is handed over while this one runs.
-        state, value = program(state, *batch(i))
-        losses.append(value)
-        if i % 50 == 0:
-            print(f"{kind}: step {i}, loss {float(value):.4f} nats", file=sys.stderr)
-    losses = [float(x) for x in losses]
-    seconds = (time.perf_counter() - start) / max(steps - config.settled, 1)
+
+    def show(i: int, value: float) -> None:
+        print(f"{kind}: step {i}, loss {value:.4f} nats", file=sys.stderr)
+
+    _, losses, seconds = timed_steps(
+        lambda state, i: program(state, *batch(i)),
+        state,
+        steps=steps,
+        settled=config.settled,
+        show=show,
+    )
     return {
         "losses": losses,
         "step_ms": seconds * 1e3,

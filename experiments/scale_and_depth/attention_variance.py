@@ -28,8 +28,8 @@ import numpy as np
 import jax_unit_scaling as jus
 from jax_unit_scaling import analysis
 
-from ..char_lm.model import plain_attention
 from ..shared.data import load_corpus, train_batch
+from ..shared.layers import plain_attention
 
 LAW = "e/k - (e-1)/k^2"
 
@@ -86,7 +86,7 @@ def attention_variance(config: AttentionVarianceConfig) -> dict[str, list[float]
     return found
 
 
-_plain = ft.partial(plain_attention, formats=None)
+_plain = ft.partial(plain_attention, formats=None, is_causal=True)
 _unit = ft.partial(jus.dot_product_attention, is_causal=True)
 
 

@@ -34,6 +34,11 @@ class Corpus:
         return digest.hexdigest()[:16]
 
 
+def text_of(split: Ids) -> str:
+    """The text of a corpus of bytes."""
+    return split.astype(np.uint8).tobytes().decode()
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Inputs, the characters that follow, and which of them count: [batch, length]."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,48 @@ def train_steps(
                     leaves = jax.tree.leaves(state)
                     checkpoints.save(i + 1, args=ocp.args.StandardSave(leaves))
     return state
+
+
+def timed_steps(
+    advance: Callable[[Any, int], tuple[Any, jax.Array]],
+    state: Any,
+    *,
+    steps: int,
+    settled: int = 5,
+    seconds: float = math.inf,
+    every: int = 50,
+    show: Callable[[int, float], None] = lambda step, loss: None,
+) -> tuple[Any, list[float], float]:
+    """Trains without waiting for a step: the next is handed over while one runs.
+
+    Args:
+        advance: (state, step) -> (state, loss).
+        state: where to start.
+        steps: how many at most.
+        settled: steps before the clock starts.
+        seconds: after so many no further `every` steps begin.
+        every: after so many steps each their last is waited for, and shown.
+        show: gets the step and its loss.
+
+    Returns:
+        The state, the losses, and the seconds of a step; NaN where too few were timed.
+    """
+    losses: list[Any] = []
+    begun = start = time.perf_counter()
+    for i in range(steps):
+        if i == settled:
+            jax.block_until_ready(state)
+            start = time.perf_counter()
+        state, value = advance(state, i)
+        losses.append(value)
+        if i % every == 0:
+            show(i, float(value))
+            if time.perf_counter() - begun > seconds:
+                break
+    jax.block_until_ready(state)
+    timed = len(losses) - settled
+    spent = (time.perf_counter() - start) / timed if timed > 0 else math.nan
+    return state, [float(x) for x in losses], spent
 
 
 def _latest(checkpoints: ocp.CheckpointManager, state: Any) -> tuple[Any, int]:

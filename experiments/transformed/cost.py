@@ -23,8 +23,9 @@ from rich.console import Console
 import jax_unit_scaling as jus
 from jax_unit_scaling import analysis
 
-from ..char_lm.model import ModelConfig, make_loss, make_model
+from ..char_lm.model import ModelConfig, make_model
 from ..overhead.measure import child, keeps_training
+from ..shared.layers import make_loss
 
 # Each makes (parameters, inputs, targets) -> (loss, gradients) of the loss.
 KINDS: dict[str, Callable[..., Callable[..., Any]]] = {
@@ -166,7 +167,7 @@ def _training(
         head_size=config.head_size,
     )
     graph, params = nnx.split(make_model(model, VOCABULARY, 0))
-    mean, adam = make_loss(model), optax.adam(1e-3)
+    mean, adam = make_loss(model.parametrisation), optax.adam(1e-3)
     shape = (config.batch, config.length + 1)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, shape))
 

@@ -28,10 +28,11 @@ from rich.console import Console
 import jax_unit_scaling as jus
 from jax_unit_scaling import analysis
 
-from ..char_lm.model import ModelConfig, Precision, make_loss, make_model
+from ..char_lm.model import ModelConfig, Precision, make_model
 from ..char_lm.task import optimiser, warmup_cosine
 from ..shared.data import Batch, Corpus, load_corpus, train_batch
 from ..shared.evaluate import mean_bits
+from ..shared.layers import make_loss
 from ..shared.record import as_json, environment
 
 Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -150,7 +151,7 @@ def value_and_grad(
     count, factor = len(corpus.vocabulary), config.factor(variant)
     make = ft.partial(config.model, variant.precision, count)
     graph = nnx.graphdef(nnx.eval_shape(lambda: make(0)))
-    mean = make_loss(ModelConfig("regular"))
+    mean = make_loss("regular")
 
     def loss(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
         return factor * mean(nnx.merge(graph, params)(inputs), targets)

@@ -7,13 +7,19 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 import jax_unit_scaling as jus
 
-from ..model import Parametrisation, plain_attention
-from .precision import PRECISIONS, Precision
+from ...shared.layers import (
+    Layers,
+    Parametrisation,
+    plain_attention,
+    regular_layers,
+    rounded,
+    unit_layers,
+)
+from ...shared.precision import PRECISIONS, Precision
 
 Mixer = Literal["attention", "conv", "rnn"]
 Norm = Literal["none", "pre", "post"]
@@ -62,81 +68,48 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layers:
-    """The layers of a parametrisation, by the same signatures."""
+class _Layers(Layers):
+    """With the convolution and the recurrence."""
 
-    embed: Callable[..., Any]
-    linear: Callable[..., Any]
-    readout: Callable[..., Any]
-    norm: Callable[..., Any]
-    attention: Callable[..., Any]
     conv: Callable[..., Any]
     cell: Callable[..., Any]
     rnn: Callable[..., Any]
-    relu: Callable[[jax.Array], jax.Array]
-    residual: Callable[..., jax.Array]
-    """(branch, x, tau=) -> x and its branch, added up"""
 
 
 def _unit(precision: Precision) -> _Layers:
-    dtype: dict[str, Any] = {"dtype": jnp.dtype(precision.dtype)}
-    product = dtype | {"formats": precision.formats, "constraint": jus.gmean}
+    product: dict[str, Any] = {
+        "dtype": jnp.dtype(precision.dtype),
+        "formats": precision.formats,
+        "constraint": jus.gmean,
+    }
+    layers = unit_layers(precision, epsilon=_EPSILON, constraint=jus.gmean)
     return _Layers(
-        embed=ft.partial(jus.nnx.Embed, **dtype),
-        linear=ft.partial(jus.nnx.Linear, **product),
-        # The last layer is a cut-edge.
-        readout=ft.partial(jus.nnx.Linear, **product | {"constraint": None}),
-        norm=ft.partial(jus.nnx.LayerNorm, epsilon=_EPSILON, **dtype),
-        attention=ft.partial(jus.nnx.MultiHeadAttention, **product),
+        **vars(layers),
         conv=ft.partial(jus.nnx.Conv, **product),
         cell=ft.partial(jus.nnx.RecurrentHighwayCell, **product),
         rnn=jus.nnx.RNN,
-        relu=ft.partial(jus.relu, constraint=jus.gmean),
-        residual=jus.residual_apply,
     )
 
 
 def _regular(precision: Precision) -> _Layers:
-    dtype: dict[str, Any] = {"dtype": jnp.dtype(precision.dtype)}
     glorot = nnx.initializers.glorot_uniform()
-    normal = nnx.initializers.normal(1.0)
     fan_in = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
-    product = ft.partial(rounded, jax.lax.dot_general, precision.formats)
-    linear = ft.partial(nnx.Linear, dot_general=product, kernel_init=glorot, **dtype)
-    return _Layers(
-        embed=ft.partial(nnx.Embed, embedding_init=normal, **dtype),
-        linear=linear,
-        readout=linear,
-        norm=ft.partial(nnx.LayerNorm, epsilon=_EPSILON, **dtype),
-        attention=ft.partial(
-            nnx.MultiHeadAttention,
-            qkv_dot_general=product,
-            out_dot_general=product,
-            kernel_init=fan_in,
-            out_kernel_init=glorot,
-            **dtype,
-        ),
-        conv=ft.partial(nnx.Conv, kernel_init=glorot, **dtype),
-        cell=ft.partial(
-            _HighwayCell, ft.partial(linear, kernel_init=fan_in), jnp.float32
-        ),
-        rnn=nnx.RNN,
-        relu=nnx.relu,
-        residual=_plain_residual,
+    layers = regular_layers(
+        precision,
+        epsilon=_EPSILON,
+        embedding_init=nnx.initializers.normal(1.0),
+        kernel_init=glorot,
+        qkv_init=fan_in,
     )
+    cell = ft.partial(
+        _HighwayCell, ft.partial(layers.linear, kernel_init=fan_in), jnp.float32
+    )
+    dtype = jnp.dtype(precision.dtype)
+    conv = ft.partial(nnx.Conv, kernel_init=glorot, dtype=dtype)
+    return _Layers(**vars(layers), conv=conv, cell=cell, rnn=nnx.RNN)
 
 
 _EPSILON = 1e-3  # of layer norms, in the authors' code
-
-
-def _plain_residual(
-    branch: Callable[[jax.Array], jax.Array], x: jax.Array, *, tau: float | None
-) -> jax.Array:
-    """The weights of `residual_apply`, without a delayed factor; or with None plain."""
-    y = branch(x)
-    if tau is None:
-        return x + y
-    return (x + tau * y) * (1 + tau**2) ** -0.5
 
 
 class _HighwayCell(nnx.RNNCellBase):
@@ -299,35 +272,3 @@ def causal_product(
         preferred_element_type=preferred_element_type,
     )
     return y.reshape(*y.shape[:2], out)
-
-
-def make_loss(
-    parametrisation: Parametrisation,
-) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """loss(logits, targets, mask): the value is the same mean in nats for both."""
-    if parametrisation == "unit":
-        return lambda logits, targets, mask: jus.cross_entropy(
-            logits, targets, where=mask
-        )
-
-    def regular(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-        wide = logits.astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(wide, targets)
-        return jnp.where(mask, losses, 0).sum() / mask.sum()
-
-    return regular
-
-
-def rounded(
-    product: Callable[..., jax.Array],
-    formats: jus.Formats | None,
-    lhs: jax.Array,
-    rhs: jax.Array,
-    *args: Any,
-    **more: Any,
-) -> jax.Array:
-    """A plain product, rounded as the unit-scaled one is, without its factors."""
-    if formats is None or formats.fwd is None or formats.bwd is None:
-        return product(lhs, rhs, *args, **more)
-    lhs, rhs = (jus.quantize_fwd(x, formats.fwd) for x in (lhs, rhs))
-    return jus.quantize_bwd(product(lhs, rhs, *args, **more), formats.bwd)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+from ...shared.precision import PRECISIONS
 from .model import Mixer, ModelConfig, Norm, Residual
-from .precision import PRECISIONS
 from .training import Optimiser, Setting
 
 Preset = Literal["table", "figure"]

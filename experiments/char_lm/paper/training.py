@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from .model import Model, ModelConfig, make_loss
-from .precision import PRECISIONS, store, widen
+from ...shared.layers import make_loss
+from ...shared.loss_scale import scaled_grad
+from ...shared.precision import PRECISIONS, store, widen
+from .model import Model, ModelConfig
 
 Optimiser = Literal["adamw", "momentum"]
 
@@ -90,12 +92,10 @@ def make_training(
         inputs, targets = batch
         counts = jnp.broadcast_to(jnp.arange(inputs.shape[-1]) >= overlap, inputs.shape)
 
-        def scaled_loss(params: Any) -> Any:
-            value = loss(nnx.merge(graph, params)(inputs), targets, counts)
-            return value * loss_scale, value
+        def mean(params: Any) -> jax.Array:
+            return loss(nnx.merge(graph, params)(inputs), targets, counts)
 
-        grads, value = jax.grad(scaled_loss, has_aux=True)(params)
-        grads = jax.tree.map(lambda g: g / loss_scale, widen(grads))
+        value, grads = scaled_grad(mean, params, loss_scale)
         wide = widen(params)
         updates, opt_state = optimiser(rate).update(grads, opt_state, wide)
         key, now = jax.random.split(key)
