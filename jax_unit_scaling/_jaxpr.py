@@ -268,6 +268,19 @@ class Equation:
             yield
 
 
+def source() -> Any:
+    """Where the function that calls this was called from."""
+    return source_info_util.current().traceback
+
+
+@contextlib.contextmanager
+def traced_from(source: Any) -> Iterator[None]:
+    """What is traced inside has this source, which `source` gave."""
+    stack = source_info_util.current_name_stack()
+    with source_info_util.user_context(source, name_stack=stack):
+        yield
+
+
 def is_installed(frame: str) -> bool:
     """Whether a call is one of this library's or of another package's functions."""
     return "site-packages" in frame or _PACKAGE in frame

@@ -37,13 +37,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ._jaxpr import Equation, Interpreter, Side, flow, transform
+from ._jaxpr import Equation, Interpreter, Side, flow, source, traced_from, transform
 from .formats import Format, Formats, ScaledFormats, quantize_bwd, quantize_fwd
 from .op import varying
-from .scale import scaled
+from .scale import forward_only, scaled
 
 Product = Callable[[Array, Array], Array]
 DotDimensionNumbers = tuple[
@@ -88,7 +89,8 @@ def _simulated(product: Product, formats: ScaledFormats) -> Product:
 
 def _native(product: Product, formats: ScaledFormats) -> Product:
     def of_cast(lhs: Array, rhs: Array) -> Array:
-        native = transform(product, lambda region: (_Native(formats), Side()))
+        here = source()
+        native = transform(product, lambda region: (_Native(formats, here), Side()))
         try:
             y = native(lhs, rhs)
         except _NoSingleDot as no_dot:
@@ -127,8 +129,8 @@ class _NoSingleDot(Exception):
 class _Native(Interpreter):
     """Makes a function's one `dot_general` an 8-bit product."""
 
-    def __init__(self, formats: ScaledFormats) -> None:
-        self._formats = formats
+    def __init__(self, formats: ScaledFormats, source: Any) -> None:
+        self._formats, self._source = formats, source
 
     def begin(self, region: Any, cotangents: Sequence[bool]) -> None:
         dots, others = [], set()
@@ -158,15 +160,16 @@ class _Native(Interpreter):
     ) -> tuple[Sequence[Any], None]:
         params = equation.params
         lhs, rhs = args
-        y = dot_general(
-            lhs,
-            rhs,
-            params["dimension_numbers"],
-            params["precision"],
-            equation.out_avals[0].dtype,
-            formats=self._formats,
-            out_sharding=params.get("out_sharding"),
-        )
+        with traced_from(self._source):
+            y = dot_general(
+                lhs,
+                rhs,
+                params["dimension_numbers"],
+                params["precision"],
+                equation.out_avals[0].dtype,
+                formats=self._formats,
+                out_sharding=params.get("out_sharding"),
+            )
         return [y], None
 
 
@@ -176,6 +179,11 @@ class _Native(Interpreter):
 def is_product(equation: Equation) -> bool:
     """Whether it is a native product, with its rule."""
     return equation.is_own and equation.name == "_dot"
+
+
+def factors_of(equation: Equation) -> tuple[float, ...]:
+    """What a native product multiplies its result by, and both cotangents."""
+    return tuple(float(v.val) for v in equation.invars[2:])
 
 
 def dot_general(
@@ -203,11 +211,22 @@ def dot_general(
     dtype = np.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
     left, right = _Operand.of(lhs, lb, lc), _Operand.of(rhs, rb, rc)
     both = ScaledFormats.of(formats)
-    how = _How(left, right, dtype, precision, both, out_sharding)
+    # On a mesh with explicit axes this is refused if a sum over devices is not asked
+    # for, and says how the result is split.
+    out = jax.eval_shape(
+        ft.partial(
+            lax.dot_general,
+            dimension_numbers=dimension_numbers,
+            out_sharding=out_sharding,
+        ),
+        *(lhs, rhs),
+    )
+    how = _How(left, right, out.shape, dtype, precision, both, _explicit(out))
     # Inside a `shard_map` the rule below gives each device's own part of a cotangent;
     # JAX adds them up where it knows that the operand is the same on all devices.
     axes = varying(lhs) | varying(rhs)
-    return _dot(*(_varying_along(x, axes) for x in (lhs, rhs)), how)
+    lhs, rhs = (_varying_along(x, axes) for x in (lhs, rhs))
+    return _dot(how, lhs, rhs, both.out, both.lhs, both.rhs)
 
 
 def _varying_along(x: Array, axes: frozenset[str]) -> Array:
@@ -215,9 +234,18 @@ def _varying_along(x: Array, axes: frozenset[str]) -> Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
+def _explicit(x: Any) -> NamedSharding | None:
+    """How `x` is split over a mesh with explicit axes, if it is on one."""
+    sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
+    sharding = sharding or jax.typeof(x).sharding
+    types = getattr(getattr(sharding, "mesh", None), "axis_types", ())
+    return sharding if AxisType.Explicit in types else None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Operand:
-    """What is static of an operand: its axes by what they do, its shape and dtype.
+    """What is static of an operand: its axes by what they do, its shape and dtype, and
+    how it is split over a mesh with explicit axes.
 
     As a matrix it is [batch, free, contracted], each one axis, and the batch none if
     there is none.
@@ -228,46 +256,68 @@ class _Operand:
     contracted: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
+    sharding: NamedSharding | None
 
     @classmethod
     def of(
         cls, x: Array, batch: tuple[int, ...], contracted: tuple[int, ...]
     ) -> "_Operand":
         free = tuple(i for i in range(x.ndim) if i not in (*batch, *contracted))
-        return cls(batch, free, contracted, x.shape, x.dtype)
+        return cls(batch, free, contracted, x.shape, x.dtype, _explicit(x))
 
     @property
     def contracted_first(self) -> bool:
         """Whether its contracted axes lie before the free ones in memory, as those of a
         kernel [in, out] do."""
-        order = (*self.batch, *self.contracted, *self.free)
-        return order == tuple(range(len(self.shape)))
+        return self._transposed == tuple(range(len(self.shape)))
+
+    @property
+    def _transposed(self) -> tuple[int, ...]:
+        return (*self.batch, *self.contracted, *self.free)
 
     @property
     def _order(self) -> tuple[tuple[int, ...], ...]:
+        """The groups of axes of a matrix that is this, but for a copy if need be."""
         two = (self.free, self.contracted)
-        return (self.batch, *(two[::-1] if self.contracted_first else two))
+        groups = (self.batch, *(two[::-1] if self.contracted_first else two))
+        return groups if self.batch else groups[1:]
 
-    def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
+    def _sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         return tuple(self.shape[i] for i in axes)
+
+    def _size(self, axes: Sequence[int]) -> int:
+        return math.prod(self._sizes(axes))
 
     def matrix(self, x: Array) -> Array:
         """`x` as a matrix, or as its transpose where `contracted_first`."""
-        batch, *two = self._order
-        groups = [batch, *two] if batch else two
-        sizes = [math.prod(self.sizes(g)) for g in groups]
-        return x.transpose((*batch, *two[0], *two[1])).reshape(sizes)
+        sizes = [*map(self._size, self._order)]
+        return x.transpose(sum(self._order, ())).reshape(sizes)
 
     def unmatrix(self, matrix: Array) -> Array:
         """The inverse of `matrix`."""
-        batch, *two = self._order
-        order = (*batch, *two[0], *two[1])
-        return matrix.reshape(self.sizes(order)).transpose(np.argsort(order))
+        order = sum(self._order, ())
+        return matrix.reshape(self._sizes(order)).transpose(np.argsort(order))
 
     def cast(self, x: Array, format: Format, fused: bool) -> tuple[Array, Array]:
         """`x` in 8 bits, as a matrix and as its transpose."""
         one, other = _both_layouts(self.matrix(x), format, fused)
         return (other, one) if self.contracted_first else (one, other)
+
+    # A transpose is kept with the operand's own axes, which say how it is split.
+
+    def unflattened(self, transpose: Array) -> Array:
+        return transpose.reshape(self._sizes(self._transposed))
+
+    def flattened(self, kept: Array) -> Array:
+        batch = [self._size(self.batch)] if self.batch else []
+        return kept.reshape(*batch, self._size(self.contracted), self._size(self.free))
+
+    @property
+    def sharding_of_kept(self) -> NamedSharding | None:
+        if self.sharding is None:
+            return None
+        spec = (*self.sharding.spec, *[None] * len(self.shape))
+        return self.sharding.update(spec=P(*(spec[i] for i in self._transposed)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,56 +326,91 @@ class _How:
 
     lhs: _Operand
     rhs: _Operand
+    out_shape: tuple[int, ...]
     dtype: np.dtype
     precision: Any
     formats: ScaledFormats
-    out_sharding: Any
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        lhs, rhs = self.lhs, self.rhs
-        free = (*lhs.sizes(lhs.free), *rhs.sizes(rhs.free))
-        return (*lhs.sizes(lhs.batch), *free)
+    sharding: NamedSharding | None
 
 
-@ft.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot(lhs: Array, rhs: Array, how: _How) -> Array:
-    return _dot_fwd(lhs, rhs, how)[0]
+# The factors are in `how`, too: here they can be read off a jaxpr.
+@ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dot(how: _How, lhs: Array, rhs: Array, *factors: Any) -> Array:
+    return _dot_fwd(how, lhs, rhs, *factors)[0]
 
 
-def _dot_fwd(lhs: Array, rhs: Array, how: _How) -> tuple[Array, Any]:
+def _dot_fwd(how: _How, lhs: Array, rhs: Array, *factors: Any) -> tuple[Array, Any]:
     formats = how.formats
-    x, x_t = how.lhs.cast(lhs, _given(formats.fwd), "lhs" in formats.fused)
-    w, w_t = how.rhs.cast(rhs, _given(formats.fwd), "rhs" in formats.fused)
-    y = _matmul(x, w, formats.out, how.dtype, how.precision).reshape(how.out_shape)
-    if how.out_sharding is not None:
-        y = jax.sharding.reshard(y, how.out_sharding)
+
+    def product(lhs: Array, rhs: Array) -> tuple[Array, Array, Array]:
+        x, x_t = how.lhs.cast(lhs, _given(formats.fwd), "lhs" in formats.fused)
+        w, w_t = how.rhs.cast(rhs, _given(formats.fwd), "rhs" in formats.fused)
+        y = _matmul(x, w, formats.out, how.dtype, how.precision)
+        kept = how.lhs.unflattened(x_t), how.rhs.unflattened(w_t)
+        return y.reshape(how.out_shape), *kept
+
+    shardings = (how.sharding, how.lhs.sharding_of_kept, how.rhs.sharding_of_kept)
+    y, *kept = _split_like(shardings, product)(*map(_once, (lhs, rhs)))
     # The backward products contract each operand's other axis: of its two layouts they
     # need the one alone.
-    return y, tuple(checkpoint_name(z, RESIDUAL) for z in (x_t, w_t))
+    return y, tuple(checkpoint_name(z, RESIDUAL) for z in kept)
 
 
-def _dot_bwd(how: _How, residuals: Any, g: Array) -> tuple[Array, Array]:
-    (x_t, w_t), formats = residuals, how.formats
-    rows, columns = x_t.shape[-1], w_t.shape[-1]
-    g, g_t = _both_layouts(
-        g.reshape(*x_t.shape[:-2], rows, columns),
-        _given(formats.bwd),
-        "cotangent" in formats.fused,
-    )
-    cotangents = []
-    for operand, scale, one, other in (
-        (how.lhs, formats.lhs, g, w_t),
-        (how.rhs, formats.rhs, g_t, x_t),
-    ):
-        if operand.contracted_first:
-            one, other = other, one
-        d = _matmul(one, other, scale, operand.dtype, how.precision)
-        cotangents.append(operand.unmatrix(d))
-    return cotangents[0], cotangents[1]
+def _dot_bwd(how: _How, residuals: Any, g: Array) -> tuple[Any, ...]:
+    formats = how.formats
+
+    def products(x_t: Array, w_t: Array, g: Array) -> tuple[Array, Array]:
+        x_t, w_t = how.lhs.flattened(x_t), how.rhs.flattened(w_t)
+        g, g_t = _both_layouts(
+            g.reshape(*x_t.shape[:-2], x_t.shape[-1], w_t.shape[-1]),
+            _given(formats.bwd),
+            "cotangent" in formats.fused,
+        )
+
+        def cotangent(operand: _Operand, scale: float, *two: Array) -> Array:
+            one, other = two[::-1] if operand.contracted_first else two
+            d = _matmul(one, other, scale, operand.dtype, how.precision)
+            return operand.unmatrix(d)
+
+        lhs = cotangent(how.lhs, formats.lhs, g, w_t)
+        return lhs, cotangent(how.rhs, formats.rhs, g_t, x_t)
+
+    shardings = (how.lhs.sharding, how.rhs.sharding)
+    cotangents = _split_like(shardings, products)(*residuals, _once(g))
+    return (*cotangents, None, None, None)
 
 
 _dot.defvjp(_dot_fwd, _dot_bwd)
+
+
+def _once(x: Array) -> Array:
+    """What is rounded for a product, and has no derivative of its own."""
+    return forward_only(
+        x,
+        "a product in native FP8 has no second derivative: its operands were rounded "
+        "to 8 bits, and so would be their cotangents. Give it simulated formats "
+        "(`SIMULATED_FP8`) or none where gradients are differentiated.",
+    )
+
+
+def _split_like(
+    shardings: tuple[NamedSharding | None, ...], fn: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`fn`, whose results are split so over a mesh with explicit axes, if on one.
+
+    Inside, the compiler chooses: JAX would refuse to flatten some axes that are split,
+    and to sum over any.
+    """
+    on_mesh = next((s for s in shardings if s is not None), None)
+    if on_mesh is None:
+        return fn
+    # What is on no mesh is the same on every device.
+    whole = on_mesh.update(spec=P())
+    return jax.sharding.auto_axes(
+        fn,
+        axes=on_mesh.mesh.explicit_axes,
+        out_sharding=tuple(whole if s is None else s for s in shardings),
+    )
 
 
 def _given(format: Format | None) -> Format:

@@ -47,6 +47,19 @@ def scale_bwd(x: Float[Array, "*shape"], s: float) -> Float[Array, "*shape"]:
     return scaled(x, bwd=check_factor("s", s))
 
 
+@ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def forward_only(x: Array, why: str) -> Array:
+    """`x`, which has no derivative: it raises a TypeError that says why."""
+    return x
+
+
+def _refuse(x: Array, why: str) -> tuple[Array, None]:
+    raise TypeError(why)
+
+
+forward_only.defvjp(_refuse, lambda why, _, g: (g,))
+
+
 def _scaled(x: Array, fwd: float, bwd: float) -> Array:
     return _scaling(fwd, bwd)(x)
 

@@ -347,6 +347,46 @@ def test_simulated_formats_are_part_of_the_function():
     assert audit.is_true and audit.gradients[0].cosine > 0.99
 
 
+@pytest.mark.filterwarnings("ignore:native FP8 formats on")
+def test_factors_inside_native_products_are_seen():
+    def loss(formats, weights, x):
+        w, b, v = weights
+        linear = ft.partial(jus.linear, formats=formats)
+        y = linear(x, w, b)
+        broken = linear(y, v, constraint=None) + y[:, :3]  # its mistake
+        einsum = ft.partial(jus.einsum_linear, "io,bi->bo", formats=formats)
+        sound = jus.mse_loss(einsum(w, x), jnp.zeros((6, 8)))
+        return jus.weighted_add(jnp.mean(broken**2), sound), sound
+
+    weights = normal(4, 8), normal(8), normal(8, 3)
+    x = normal(6, 4)
+    for output in (0, 1):
+        fn = lambda formats, w, x: loss(formats, w, x)[output]  # noqa: B023
+        native, simulated = (
+            (audit_gradients(f)(weights, x), cut_edges(f)(weights, x))
+            for formats in (jus.NATIVE_FP8, jus.SIMULATED_FP8)
+            for f in (ft.partial(fn, formats),)
+        )
+        # An einsum's own equations are in a scope of their own.
+        edges = [
+            [(row[0][0], row[0][2:], *row[1:]) for row in found.operations]
+            for _, found in (native, simulated)
+        ]
+        assert edges[0] == edges[1]
+        for a, b in zip(native[0].gradients, simulated[0].gradients, strict=True):
+            assert (a.path, a.verdict) == (b.path, b.verdict)
+            np.testing.assert_allclose(a.expected, b.expected, rtol=1e-6)
+            for one, other in zip(a.culprits, b.culprits, strict=True):
+                assert one.operation == other.operation and one.operation.name
+                np.testing.assert_allclose(one[1:], other[1:], rtol=1e-6)
+        if output:
+            assert native[0].is_true and native[0].gradients[0].cosine > 0.99
+        else:
+            assert [g.verdict for g in native[0].gradients] == ["broken"] * 2 + ["true"]
+            where = {str(culprit.operation) for culprit in native[0].culprits}
+            assert any(line_of("its mistake") in x for x in where)
+
+
 def test_errors_name_the_argument():
     w = jnp.ones(3)
     with pytest.raises(TypeError, match="`fn` must be a function"):

@@ -42,6 +42,23 @@ def assert_same(fn, *args, tolerance=1e-6):
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
+def test_a_second_derivative_is_refused_and_a_first_one_is_not():
+    x, w = normal(0, 4, 8), normal(1, 8, 6)
+
+    def loss(w):
+        return jnp.sum(jnp.sin(jus.linear(x, w, formats=NATIVE)))
+
+    def slope(w, v):
+        return jnp.vdot(jax.grad(loss)(w), v)
+
+    assert jnp.isfinite(slope(w, w))
+    for second in (jax.grad(slope), jax.jit(jax.grad(slope))):
+        with pytest.raises(TypeError, match="no second derivative.*SIMULATED_FP8"):
+            second(w, w)
+    # In what it is linear it has one.
+    np.testing.assert_array_equal(jax.grad(slope, 1)(w, w), jax.grad(loss)(w))
+
+
 PRODUCTS = {
     "linear": (jus.linear, (4, 32, 64), (64, 96)),
     "linear with bias": (jus.linear, (4, 32, 64), (64, 96), (96,)),

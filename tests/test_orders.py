@@ -12,6 +12,8 @@ from jax import lax
 import jax_unit_scaling as jus
 from jax_unit_scaling import simulate_fp8, track_scales, unit_scale
 
+pytestmark = pytest.mark.filterwarnings("ignore:native FP8 formats on")
+
 # Magnitudes in [1, 2): rounding them to FP8 is the same at every power of two.
 KEYS = jax.random.split(jax.random.key(0), 4)
 X, W = (
@@ -130,7 +132,9 @@ LOSSES = {
     "in remat": lambda x, w: jax.checkpoint(jnp.matmul)(x, w),
     "in a cond": lambda x, w: lax.cond(x.sum() > 0, jnp.matmul, jnp.matmul, x, w),
     "of the library": ft.partial(jus.linear, formats=jus.SIMULATED_FP8),
+    "native": ft.partial(jus.linear, formats=jus.NATIVE_FP8),
 }
+WITH_FORMATS = {"of the library", "native"}
 AROUND = {
     "grad": jax.grad,
     "jit of it": lambda f: jax.jit(jax.grad(f)),
@@ -168,7 +172,7 @@ def test_a_loss_that_is_unit_scaled_first_is_refused(name, around):
     np.testing.assert_allclose(scaled(X, W), loss(X, W), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted({*LOSSES} - {"of the library"}))
+@pytest.mark.parametrize("name", sorted({*LOSSES} - WITH_FORMATS))
 def test_so_is_one_that_is_simulated_around_it(name):
     scaled = unit_scale(ft.partial(_loss, LOSSES[name]), X, W)
     for fn in (simulate_fp8(scaled), simulate_fp8(jax.jit(lambda x, w: scaled(x, w)))):
@@ -184,7 +188,7 @@ def test_in_the_right_order_gradients_are_those_of_fp8(name):
         np.testing.assert_allclose(g, w, atol=1e-5 * np.abs(w).max())
 
 
-@pytest.mark.parametrize("name", sorted({*LOSSES} - {"of the library"}))
+@pytest.mark.parametrize("name", sorted({*LOSSES} - WITH_FORMATS))
 def test_without_rounded_cotangents_the_order_is_free(name):
     loss = ft.partial(_loss, LOSSES[name])
     for fn in (loss, jus.simulate_format(loss, jus.E4M3, None)):

@@ -4,6 +4,7 @@ The number of devices is fixed when JAX starts. So what needs eight of them runs
 process of its own, which the decorator `on_eight_devices` sends a test's body to.
 """
 
+import contextlib
 import functools as ft
 import importlib
 import multiprocessing
@@ -561,6 +562,59 @@ def test_jit_with_shardings_makes_the_same_native_products(specs):
         jax.tree.leaves(run(*placed)), jax.tree.leaves(run(*args)), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+# How x and the kernel are split, by name, and the result where a sum over devices is
+# asked for.
+EXPLICIT = {
+    "batch": ("bsi,io->bso", P("b"), P(), None),
+    "batch and out": ("bsi,io->bso", P("b"), P(None, "m"), None),
+    "batch and length": ("bsi,io->bso", P("b", "m"), P(), None),
+    "length alone": ("bsi,io->bso", P(None, "m"), P(), None),
+    "sum": ("bsi,io->bso", P("b", None, "m"), P("m"), P("b")),
+    "heads": ("bsi,ihd->bshd", P("b"), P(None, "m"), None),
+    "from heads": ("bshd,hdo->bso", P("b", None, "m"), P("m"), P("b")),
+    "scores": ("bshd,bthd->bhst", P("b", None, "m"), P("b", None, "m"), None),
+    "on no device": ("bsi,io->bso", P("b"), None, None),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["arguments", "set_mesh"])
+@pytest.mark.parametrize("name", EXPLICIT)
+@on_eight_devices
+def test_native_products_on_a_mesh_with_explicit_axes(name, inside):
+    warnings.filterwarnings("ignore", "native FP8 formats on")
+    subscripts, *specs, out = EXPLICIT[name]
+    mesh = jax.make_mesh((2, 4), ("b", "m"), axis_types=(AxisType.Explicit,) * 2)
+    sizes = dict(b=8, s=4, i=32, o=24, h=4, d=8, t=12)
+    args = [
+        jax.random.normal(jax.random.key(i), [sizes[x] for x in letters])
+        for i, letters in enumerate(subscripts.split("->")[0].split(","))
+    ]
+    cotangent = jnp.cos(jnp.arange(8 * 4 * 4 * 12.0))
+
+    def run(f, *args):
+        y, vjp = jax.vjp(f, *args)
+        g = cotangent[: y.size].reshape(y.shape)
+        g = g if args[0] is x else jax.sharding.reshard(g, jax.typeof(y).sharding)
+        return y, vjp(g)
+
+    x = args[0]
+    native = ft.partial(jus.einsum_linear, subscripts, formats=jus.NATIVE_FP8)
+    want = run(native, *args)
+    placed = [
+        y if s is None else jax.device_put(y, NamedSharding(mesh, s))
+        for y, s in zip(args, specs, strict=True)
+    ]
+    named = {} if out is None else {"out_sharding": NamedSharding(mesh, out)}
+    with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        split = jax.jit(ft.partial(run, ft.partial(native, **named)))
+        got = split(*placed)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    for a, b in zip(got[1], placed, strict=True):
+        same = a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        assert same or b.sharding.is_fully_replicated
 
 
 @pytest.mark.parametrize("module", ["LoRALinear", "Einsum", "LinearGeneral"])

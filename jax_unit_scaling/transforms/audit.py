@@ -31,7 +31,9 @@ from .._jaxpr import (
     is_installed,
     trace,
 )
+from ..fp8 import factors_of, is_product
 from ..op import OPS
+from ..scale import scaled
 
 _PACKAGE = Path(__file__).parent.parent
 Verdict = Literal["true", "broken", "zero"]
@@ -271,7 +273,10 @@ def _gradient(path: str, fact: "_Ratio | None", scaled: Any, true: Any) -> Gradi
 
 
 class _True(Interpreter):
-    """Replaces each rule that is not the derivative by the function that it is for."""
+    """Replaces each rule that is not the derivative by the function that it is for.
+
+    That of a native product rounds, and stays; its cotangents get the forward factor.
+    """
 
     def wants(self, equation: Equation) -> bool:
         return _is_false(equation)
@@ -279,6 +284,12 @@ class _True(Interpreter):
     def rewrite(
         self, equation: Equation, side: Side, *args: Any
     ) -> tuple[Sequence[Any], None]:
+        if is_product(equation):
+            fwd, *bwd = factors_of(equation)
+            operands = zip(args[:2], bwd, strict=True)
+            return equation.bind(
+                *(scaled(x, bwd=fwd / b) for x, b in operands), *args[2:]
+            ), None
         return self.run(equation.regions[0], side, args)[0], None
 
 
@@ -295,6 +306,8 @@ def is_opened(equation: Equation) -> bool:
 
 
 def _is_false(equation: Equation) -> bool:
+    if is_product(equation):
+        return len({*factors_of(equation)}) > 1
     return _is_rule(equation) and equation.name in (*_LINEAR, _AT_RUN_TIME)
 
 
@@ -376,6 +389,11 @@ class _Ratios:
         if equation.name == _AT_RUN_TIME:
             assert outs[0] is not None
             return [outs[0].through(operation, math.nan, 1.0), None]
+        if is_product(equation):
+            factor, *others = factors_of(equation)
+            assert outs[0] is not None
+            ratios = [outs[0].through(operation, factor, other) for other in others]
+            return [*ratios, None, None, None]
         coefficients = _coefficients(equation, self._rules[equation.place])
         found: list[_Ratio | None] = []
         for forward, backward in zip(*coefficients, strict=True):
@@ -433,7 +451,7 @@ class _Rules(Interpreter):
         self.found: dict[tuple[int, ...], Region] = {}
 
     def wants(self, equation: Equation) -> bool:
-        return _is_false(equation)
+        return _is_false(equation) and not is_product(equation)
 
     def rewrite(
         self, equation: Equation, side: Side, *args: Any

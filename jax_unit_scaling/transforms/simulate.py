@@ -29,7 +29,7 @@ from .._jaxpr import (
 )
 from ..formats import E4M3, E5M2, Format, Formats, quantize_bwd, quantize_fwd
 from ..fp8 import SCOPE
-from .order import forward_only, refusal
+from .order import not_rounded_later, refusal
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
@@ -283,7 +283,7 @@ class _Simulate(Interpreter):
         (y,) = equation.bind(*operands, *args[2:])
         if cotangent is None and formats.bwd is not None:
             bwd = formats.bwd
-            y = forward_only(y) if scaled else quantize_bwd(y, bwd, key(True, 2))
+            y = not_rounded_later(y) if scaled else quantize_bwd(y, bwd, key(True, 2))
         return [y], None
 
     def left(self, equation: Equation) -> None:

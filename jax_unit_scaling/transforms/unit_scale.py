@@ -31,8 +31,8 @@ from .._jaxpr import (
     is_literal,
 )
 from ..formats import quantize
-from ..fp8 import is_product
-from .order import forward_only, refusal
+from ..fp8 import factors_of, is_product
+from .order import not_rounded_later, refusal
 from .simulate import PRODUCTS
 from .track import (
     HIGHEST,
@@ -466,11 +466,11 @@ class _UnitScale(Interpreter):
     def begin(self, region: Region, cotangents: Sequence[bool]) -> None:
         # The rule of a custom derivative, which is traced if it is asked for.
         def transfer(equation: Equation, given: list[bool]) -> list[bool]:
-            if any(given) and _is_quantize(equation):
+            if any(given) and (_is_quantize(equation) or is_product(equation)):
                 raise refusal()
             return [any(given)] * len(equation.outvars)
 
-        opens = lambda e: e.can_be_opened and not _is_quantize(e)
+        opens = lambda e: e.can_be_opened and not _is_whole(e)
         flow(region, cotangents, transfer, join=max, bottom=False, opens=opens)
 
     def wants(self, equation: Equation) -> bool:
@@ -722,7 +722,7 @@ def _quantized(here: _Here, x: Any, *rest: Any) -> list[Any]:
 
 def _unrounded(here: _Here, x: Any, *key: Any) -> list[Any]:
     """The cotangent's rounding, of which a true gradient of this cannot be."""
-    return [Scaled(forward_only(x.data), x.exponent)]
+    return [Scaled(not_rounded_later(x.data), x.exponent)]
 
 
 def _aligned(here: _Here, *args: Any) -> list[Any]:
@@ -824,6 +824,15 @@ def _product(here: _Here, lhs: Any, rhs: Any, *rest: Any) -> list[Any] | None:
     return [_held(y, exponent)]
 
 
+def _native_product(here: _Here, lhs: Any, rhs: Any, *factors: Any) -> list[Any]:
+    """As `_product`; its rule would round a cotangent, and there is none in a backward
+    pass that is written down."""
+    given = zip((lhs, rhs), here.operands, strict=False)
+    lhs, rhs = (_settle(x, s, CLOSE) for x, s in given)
+    (y,) = here.bind(lhs, rhs, *factors_of(here.equation))
+    return [_held(not_rounded_later(y), _sum(_exponent(lhs), _exponent(rhs)))]
+
+
 def _terms(equation: Equation) -> int:
     """How many numbers a product adds up."""
     lhs, rhs = equation.in_avals[:2]
@@ -871,6 +880,8 @@ def _rule(equation: Equation) -> _Rule | None:
         return _unrounded
     if _is_quantize(equation):
         return _quantized
+    if is_product(equation):
+        return _native_product
     if equation.is_own and equation.name == "forward_only":
         return _along
     if equation.can_be_opened:  # a derivative of its own: of JAX's it is a true one
