@@ -134,11 +134,10 @@ def test_convolutions_and_ragged_dots_are_simulated():
 def test_what_is_beyond_the_range_saturates_and_nan_stays():
     x = jnp.array([[1e4, -1e4, jnp.inf, jnp.nan, 1e-9, 300.0]])
     eye = jnp.eye(6)
-    numbers = (((1,), (0,)), ((), ()))
-    y = fp8.dot_general(x, eye, numbers, formats=NATIVE)
+    y = fp8.dot_general(x, eye, MATRICES, formats=NATIVE)
     assert jnp.isnan(y).all()  # NaN times zero
     clean = x.at[0, 3].set(0.0)
-    y = fp8.dot_general(clean, eye, numbers, formats=NATIVE)
+    y = fp8.dot_general(clean, eye, MATRICES, formats=NATIVE)
     np.testing.assert_array_equal(y[0], [448, -448, 448, 0, 0, 288])
     assert jnp.isnan(fp8.cast(x, jus.E4M3).astype(jnp.float32)[0, 3])
 
@@ -168,9 +167,107 @@ def test_the_kernels_equal_xla(shape, format):
     assert bool((again == t).all())
 
 
-def test_kernels_refuse_what_their_tiles_do_not_cover():
-    with pytest.raises(ValueError, match=r"`x` must be tiles of \(64, 128\)"):
-        fp8.transpose(jnp.zeros((100, 128), jnp.float8_e4m3fn), interpret=True)
+TILE = jnp.zeros((64, 128))
+CAST = ft.partial(fp8.cast_and_transpose, format=jus.E4M3, interpret=True)
+TRANSPOSE = ft.partial(fp8.transpose, interpret=True)
+WHOLE_TILES = r"`x` must be a matrix of whole tiles of \(64, 128\), got shape"
+REFUSED_BY_KERNELS = {
+    "no whole tiles": (CAST, TILE[1:], ValueError, WHOLE_TILES),
+    "a stack": (CAST, TILE[None], ValueError, WHOLE_TILES),
+    "integers": (CAST, TILE.astype(int), TypeError, "`x` must be a floating-point"),
+    "16 bits": (
+        ft.partial(CAST, format=jus.BF16),
+        TILE,
+        ValueError,
+        "`format` must have 8 bits, .* got bfloat16",
+    ),
+    "4 bits": (
+        ft.partial(CAST, format=jus.formats.E2M1),
+        TILE,
+        ValueError,
+        "`format` must have 8 bits, .* got float4",
+    ),
+    "no dtype": (
+        ft.partial(CAST, format=jus.Format(4, 2)),
+        TILE,
+        ValueError,
+        "`format` must have a dtype",
+    ),
+    "a dtype": (
+        ft.partial(CAST, format=jnp.float8_e4m3fn),
+        TILE,
+        TypeError,
+        "`format` must be Format, got",
+    ),
+    "wide numbers": (TRANSPOSE, TILE, ValueError, "`x` must have 8 bits, .* float32"),
+    "a stack, to transpose": (
+        TRANSPOSE,
+        TILE[None].astype(jnp.float8_e4m3fn),
+        ValueError,
+        WHOLE_TILES,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_BY_KERNELS)
+def test_kernels_refuse(what):
+    kernel, x, error, message = REFUSED_BY_KERNELS[what]
+    with pytest.raises(error, match=message):
+        kernel(x)
+
+
+def test_kernels_without_their_backend(monkeypatch):
+    """In the interpreter they need none."""
+    expected = CAST(TILE + 300)
+    monkeypatch.setattr(fp8, "_triton", lambda: None)
+    for a, b in zip(CAST(TILE + 300), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a, float), np.asarray(b, float))
+    with pytest.raises(NotImplementedError, match="no Triton backend for Pallas: use"):
+        fp8.cast_and_transpose(TILE, format=jus.E4M3)
+
+
+MATRICES = (((1,), (0,)), ((), ()))
+ARGUMENTS = {
+    "simulated": ({"formats": SIMULATED}, ValueError, "`formats` must be native"),
+    "wide": (
+        {"formats": jus.Formats(jus.BF16, jus.BF16)},
+        ValueError,
+        "`formats` must be native",
+    ),
+    "empty": ({"formats": jus.Formats()}, ValueError, "`formats` must be native"),
+    "none": ({"formats": None}, TypeError, "`formats` must be Formats, got None"),
+    "of a block": ({"formats": jus.MUNIT_FP8}, TypeError, "`formats` must be Formats"),
+    "integers": ({"rhs": jnp.ones((8, 4), int)}, TypeError, "`rhs` must be a floating"),
+    "no such axis": (
+        {"dimension_numbers": (((3,), (0,)), ((), ()))},
+        ValueError,
+        "`dimension_numbers` must name axes of `lhs`",
+    ),
+    "other sizes": (
+        {"dimension_numbers": (((0,), (0,)), ((), ()))},
+        ValueError,
+        r"`lhs` and `rhs` must agree on the contracting dimensions, .* \[4\] of",
+    ),
+    "no pairs": (
+        {"dimension_numbers": ((1,), (0,))},
+        TypeError,
+        "`dimension_numbers` must be tuple",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ARGUMENTS)
+def test_bad_arguments_of_a_native_product_are_named(what):
+    given, error, message = ARGUMENTS[what]
+    good = {
+        "lhs": jnp.ones((4, 8)),
+        "rhs": jnp.ones((8, 4)),
+        "dimension_numbers": MATRICES,
+        "formats": NATIVE,
+    }
+    assert fp8.dot_general(**good).shape == (4, 4)
+    with pytest.raises(error, match=message):
+        fp8.dot_general(**good | given)
 
 
 def test_every_way_to_cast_gives_the_same_product(monkeypatch):
@@ -383,6 +480,14 @@ def test_bad_formats_are_refused():
         jus.Formats(jus.E4M3, jus.E5M2, native=True, fused=("kernel",))
     with pytest.raises(TypeError, match="`native` must be a bool"):
         jus.Formats(jus.E4M3, jus.E5M2, native=1)
+    for fused in (None, "rhs", ["rhs"]):
+        with pytest.raises(TypeError, match="`fused` must be a tuple of names, got"):
+            jus.Formats(fused=fused)
+    for bad in ("fp8", jus.E4M3, jus.MUNIT_FP8):
+        with pytest.raises(TypeError, match="`mlp_in` must be `jax_unit_scaling.Form"):
+            jus.BlockFormats(mlp_in=bad)
+    with pytest.raises(TypeError, match="`formats` must be .* or None, got 'fp8'"):
+        jus.BlockFormats.of("fp8")
 
 
 def test_formats_for_each_product():

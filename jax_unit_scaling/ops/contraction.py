@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
-from ..arguments import axes_of, check_broadcast
+from ..arguments import axes_of, check_broadcast, check_dimension_numbers
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
 from ..fp8 import DotDimensionNumbers, in_formats
@@ -25,27 +25,9 @@ DotGeneral = Callable[..., Array]
 def _dot_general_rule(
     lhs: Any, rhs: Any, dimension_numbers: DotDimensionNumbers, *_: Any, **__: Any
 ) -> Factors:
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
-    for name, x, axes in (
-        ("lhs", lhs, (*lhs_contract, *lhs_batch)),
-        ("rhs", rhs, (*rhs_contract, *rhs_batch)),
-    ):
-        if len({*axes}) < len(axes) or not all(0 <= i < len(x.shape) for i in axes):
-            raise ValueError(
-                f"`dimension_numbers` must name axes of `{name}`, each once, got "
-                f"{dimension_numbers} for shape {x.shape}."
-            )
-    for kind, left, right in (
-        ("contracting", lhs_contract, rhs_contract),
-        ("batch", lhs_batch, rhs_batch),
-    ):
-        sizes = [lhs.shape[i] for i in left], [rhs.shape[i] for i in right]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"`lhs` and `rhs` must agree on the {kind} dimensions, got sizes "
-                f"{sizes[0]} of {lhs.shape} and {sizes[1]} of {rhs.shape}."
-            )
-    shared = {*rhs_contract, *rhs_batch}
+    check_dimension_numbers(lhs, rhs, dimension_numbers)
+    (lhs_contract, rhs_contract), batch = dimension_numbers
+    shared = {*rhs_contract, *batch[1]}
     free = math.prod(n for i, n in enumerate(rhs.shape) if i not in shared)
     terms = math.prod(lhs.shape) * free
     contracted = math.prod(lhs.shape[i] for i in lhs_contract)
