@@ -13,7 +13,7 @@ from flax import linen as nn, nnx
 
 import jax_unit_scaling as jus
 from jax_unit_scaling import fp8
-from jax_unit_scaling.compiled import CompiledProducts, read
+from jax_unit_scaling.compiled import CompiledProducts, lone_multiplications, read
 from jax_unit_scaling.formats import also_fused
 
 NATIVE, SIMULATED = jus.NATIVE_FP8, jus.SIMULATED_FP8
@@ -759,6 +759,79 @@ def test_all_kinds_of_a_gpus_products_are_read():
     assert narrow.is_fp8
 
 
+# By hand as well: who reads and writes what, and which of it only multiplies.
+GPU_MULTIPLICATIONS = """\
+%times (p.0: bf16[64,160]) -> bf16[64,160] {
+  %p.0 = bf16[64,160]{1,0} parameter(0)
+  %wide = f32[64,160]{1,0} convert(%p.0)
+  %half = f32[] constant(0.5)
+  %halves = f32[64,160]{1,0} broadcast(%half), dimensions={}
+  %mul.1 = f32[64,160]{1,0} multiply(%wide, %halves)
+  ROOT %narrow = bf16[64,160]{1,0} convert(%mul.1)
+}
+%cast (p.1: f32[96,160]) -> bf16[96,160] {
+  %p.1 = f32[96,160]{1,0} parameter(0)
+  %half = f32[] constant(0.5)
+  %halves = f32[96,160]{1,0} broadcast(%half), dimensions={}
+  %mul.2 = f32[96,160]{1,0} multiply(%p.1, %halves)
+  ROOT %narrow = bf16[96,160]{1,0} convert(%mul.2)
+}
+%square (p.2: bf16[64,160]) -> bf16[64,160] {
+  %p.2 = bf16[64,160]{1,0} parameter(0)
+  ROOT %mul.3 = bf16[64,160]{1,0} multiply(%p.2, %p.2)
+}
+%turn (p.3: bf16[64,160], p.4: bf16[]) -> bf16[160,64] {
+  %p.3 = bf16[64,160]{1,0} parameter(0)
+  %p.4 = bf16[] parameter(1)
+  %all = bf16[64,160]{1,0} broadcast(%p.4), dimensions={}
+  %mul.4 = bf16[64,160]{1,0} multiply(%p.3, %all)
+  ROOT %turned = bf16[160,64]{1,0} transpose(%mul.4), dimensions={1,0}
+}
+%gemm_fusion_dot (p.5: bf16[64,96], p.6: bf16[96,160]) -> bf16[64,160] {
+  %p.5 = bf16[64,96]{1,0} parameter(0)
+  %p.6 = bf16[96,160]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[64,160]{1,0} dot(%p.5, %p.6), lhs_contracting_dims={1}
+}
+ENTRY %main (x: bf16[64,96], w: f32[96,160], y: bf16[64,160]) -> bf16[64,160] {
+  %x = bf16[64,96]{1,0} parameter(0)
+  %w = f32[96,160]{1,0} parameter(1)
+  %y = bf16[64,160]{1,0} parameter(2)
+  %number = bf16[] constant(3)
+  %numbers = bf16[64,96]{1,0} broadcast(%number), dimensions={}
+  %before = bf16[64,96]{1,0} multiply(%x, %numbers)
+  %same = bf16[64,96]{1,0} bitcast(%before)
+  %cast_multiply = bf16[96,160]{1,0} fusion(%w), kind=kLoop, calls=%cast
+  %gemm = (bf16[64,160]{1,0}, s8[8]{0}) custom-call(%same, %cast_multiply), custom_call_target="__cublas$gemm"
+  %got = bf16[64,160]{1,0} get-tuple-element(%gemm), index=0
+  %after = bf16[64,160]{1,0} fusion(%got), kind=kLoop, calls=%times
+  %squared = bf16[64,160]{1,0} fusion(%got), kind=kLoop, calls=%square
+  %turned = bf16[160,64]{1,0} fusion(%got, %number), kind=kLoop, calls=%turn
+  %triton = bf16[64,160]{1,0} fusion(%x, %cast_multiply), kind=kCustom, calls=%gemm_fusion_dot
+  %after_triton = bf16[64,160]{1,0} fusion(%triton), kind=kLoop, calls=%times
+  %elsewhere = bf16[64,160]{1,0} fusion(%y), kind=kLoop, calls=%times
+  ROOT %sum = bf16[64,160]{1,0} add(%after, %elsewhere)
+}
+"""  # noqa: E501
+
+
+def test_multiplications_that_are_kernels_of_their_own_are_found():
+    found = lone_multiplications(GPU_MULTIPLICATIONS)
+    assert found == ["before", "after", "after_triton"]
+
+
+def test_a_factor_that_another_operation_takes_is_no_kernel():
+    x, w = normal(0, 16, 32), normal(1, 32, 8)
+
+    def count(fn):
+        text = jax.jit(fn).lower(x, w).compile().as_text()
+        return len(lone_multiplications(text))
+
+    assert count(lambda x, w: x @ w) == 0
+    assert count(lambda x, w: (x @ w) * 0.3) == 1
+    assert count(lambda x, w: ((x * 0.3) @ w) * 0.3) == 2
+    assert count(lambda x, w: jnp.tanh((x @ w) * 0.3)) == 0
+
+
 SIMULATED_ONES = {
     "a convolution": (
         jus.conv,
@@ -835,12 +908,7 @@ def test_gpu_products_are_8_bit_ones_with_their_factors_inside():
     found = jus.assert_fp8(jus.jit(step), x, w)
     assert len(found) == 3
     text = jus.jit(step).lower(x, w).compile().as_text()
-    alone = [
-        line
-        for line in text.splitlines()
-        if "multiply" in line.split("=")[0] and "fusion(" in line
-    ]
-    assert alone == []
+    assert lone_multiplications(text) == []
 
 
 @pytest.mark.gpu
