@@ -15,6 +15,7 @@ import jax_unit_scaling as jus
 from jax_unit_scaling import fp8
 from jax_unit_scaling.compiled import CompiledProducts, lone_multiplications, read
 from jax_unit_scaling.formats import also_fused
+from jax_unit_scaling.ops import attention
 
 NATIVE, SIMULATED = jus.NATIVE_FP8, jus.SIMULATED_FP8
 pytestmark = pytest.mark.filterwarnings("ignore:native FP8 formats on")
@@ -509,13 +510,61 @@ def test_it_says_once_that_there_is_no_hardware():
 
 
 def test_attention_by_cudnn_is_refused_where_it_cannot_be():
-    q = normal(0, 1, 8, 2, 16)
-    with pytest.raises(ValueError, match='`implementation` must be "xla" or "cudnn"'):
-        jus.dot_product_attention(q, q, q, implementation="triton")
-    with pytest.raises(ValueError, match="neither dropout nor `query_positions`"):
+    def attend(q, *more, implementation="cudnn", **options):
         jus.dot_product_attention(
-            q, q, q, None, None, jnp.arange(8), implementation="cudnn"
+            q, q, q, *more, implementation=implementation, **options
         )
+
+    q = normal(0, 1, 8, 2, 16, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match='`implementation` must be "xla" or "cudnn"'):
+        attend(q, implementation="triton")
+    not_there = "neither dropout, `precision` nor `query_positions`"
+    with pytest.raises(ValueError, match=not_there):
+        attend(q, None, None, jnp.arange(8))
+    with pytest.raises(ValueError, match=not_there):
+        attend(q, precision="highest")
+    dropout = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
+    with pytest.raises(ValueError, match=not_there):
+        attend(q, **dropout)
+    with pytest.raises(ValueError, match=r"one batch axis or none, got .*\(1, 1, 8"):
+        attend(q[None])
+    with pytest.raises(ValueError, match="in float16 and bfloat16, got float32"):
+        attend(q.astype(jnp.float32))
+    with pytest.raises(ValueError, match='needs an NVIDIA GPU, got the backend "cpu"'):
+        attend(q)
+
+
+@pytest.mark.parametrize(
+    "formats", [None, SIMULATED, NATIVE], ids=["none", "simulated", "native"]
+)
+def test_attention_by_cudnn_is_given_what_it_takes(monkeypatch, formats):
+    """With XLA's kernel in its place."""
+    monkeypatch.setattr(attention, "on_cuda", lambda: True)
+    kernel = jax.nn.dot_product_attention
+
+    def in_its_place(*args, implementation, **options):
+        assert implementation == "cudnn"
+        return kernel(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
+    args = [normal(i, 2, 8, 2, 16, dtype=jnp.float16) for i in range(3)]
+    found, expected = (
+        output_and_gradients(
+            ft.partial(
+                jus.dot_product_attention,
+                is_causal=True,
+                formats=formats,
+                implementation=implementation,
+            ),
+            *args,
+        )
+        for implementation in ("cudnn", "xla")
+    )
+    for a, b in zip(found, expected, strict=True):
+        a, b = (np.asarray(z, np.float64) for z in (a, b))
+        # Simulated, the value is rounded with its factor on it: to other numbers.
+        tolerance = 0.05 if formats == SIMULATED else 5e-3
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
 
 # -- Compiling -------------------------------------------------------------------------
