@@ -562,8 +562,9 @@ def test_attention_by_cudnn_is_given_what_it_takes(monkeypatch, formats):
     )
     for a, b in zip(found, expected, strict=True):
         a, b = (np.asarray(z, np.float64) for z in (a, b))
-        # Simulated, the value is rounded with its factor on it: to other numbers.
-        tolerance = 0.05 if formats == SIMULATED else 5e-3
+        # Simulated, the factor is on the value where that is rounded, and not on the
+        # output's cotangent: both become other numbers, of 3 and 2 bits.
+        tolerance = 0.1 if formats == SIMULATED else 5e-3
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
 
