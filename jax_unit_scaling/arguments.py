@@ -319,6 +319,30 @@ def check_broadcast(name: str, x: Any, shape: tuple[int, ...]) -> None:
         )
 
 
+def check_dimension_numbers(lhs: Any, rhs: Any, dimension_numbers: Any) -> None:
+    """Refuses, by a ValueError, what is no dot of `lhs` and `rhs`."""
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    for name, x, axes in (
+        ("lhs", lhs, (*lhs_contract, *lhs_batch)),
+        ("rhs", rhs, (*rhs_contract, *rhs_batch)),
+    ):
+        if len({*axes}) < len(axes) or not all(0 <= i < len(x.shape) for i in axes):
+            raise ValueError(
+                f"`dimension_numbers` must name axes of `{name}`, each once, got "
+                f"{dimension_numbers} for shape {x.shape}."
+            )
+    for kind, left, right in (
+        ("contracting", lhs_contract, rhs_contract),
+        ("batch", lhs_batch, rhs_batch),
+    ):
+        sizes = [lhs.shape[i] for i in left], [rhs.shape[i] for i in right]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"`lhs` and `rhs` must agree on the {kind} dimensions, got sizes "
+                f"{sizes[0]} of {lhs.shape} and {sizes[1]} of {rhs.shape}."
+            )
+
+
 def axes_of(name: str, axis: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """Axes of an array of this rank, in the order given, counted from 0.
 

@@ -2,7 +2,8 @@
 
 `jit` is `jax.jit` with the compiler options that matter for them. `fp8_products` and
 `assert_fp8` read the compiled program: whether a product became one of the hardware's
-8-bit products is the compiler's decision, and nothing else tells.
+8-bit products is the compiler's decision, and nothing else tells. So is whether a
+factor became part of another kernel (`lone_multiplications`).
 """
 
 import collections
@@ -167,7 +168,7 @@ class CompiledProduct:
         lhs, rhs, out: types and shapes, such as "f8e4m3fn[8192,4096]"; of attention in
             one kernel its first two operands and its first result.
         kernel: what computes it: "cuBLASLt FP8", "cuBLAS", "cuDNN", "Triton", "oneDNN"
-            (on a CPU), "XLA".
+            (Intel's, on a CPU), "XLA" (its own code).
         scale: what cuBLASLt multiplies its result by; None if that is no constant of
             the program.
         kind: "dot", "ragged dot", "convolution" or "attention".
@@ -333,59 +334,202 @@ def read(hlo: str, *, native: bool | None = None) -> list[CompiledProduct]:
     with (`native`) or without 8-bit products; for the default one if it is None."""
     found = []
     native = is_native() if native is None else native
-    shapes: dict[str, str] = {}
-    constants: dict[str, float] = {}
-    triton = False
-    for line in hlo.splitlines():
-        if line.startswith(("%", "ENTRY")) and line.rstrip().endswith("{"):
-            # Names are unique within a computation alone.
-            shapes = dict(re.findall(rf"([\w.-]+): {_TYPE}", line))
-            constants = {}
-            triton = "triton_gemm" in line or "gemm_fusion" in line
-            continue
-        if not (match := _DEFINITION.match(line)):
-            continue
-        name, out, opcode, rest = match.groups()
-        shapes[name] = out
-        inside = rest.partition(")")[0]
-        operands = re.findall(r"%?([\w.-]+)(?:,|$)", inside)
-        if opcode == "constant" and out in _NUMBERS:
-            constants[name] = float(inside)
-        elif opcode in _SAME_NUMBER and out in _NUMBERS and operands[0] in constants:
-            constants[name] = constants[operands[0]]
-        if opcode in _OPCODES:
-            kernel, kind = "Triton" if triton else "XLA", _OPCODES[opcode]
-        elif opcode == "custom-call" and (target := _target(rest)):
-            kernel, kind = target
-        else:
-            continue
-        scale: float | None = 1.0
-        if kernel.startswith("cuBLAS"):
-            alpha = re.search(r'"alpha_real":([\d.e+-]+)', rest)
-            factors = [float(alpha[1]) if alpha else 1.0]
-            scalars = [x for x in operands[2:] if shapes.get(x) == "f32[]"]
-            known = all(x in constants for x in scalars)
-            factors += [constants[x] for x in scalars] if known else []
-            scale = math.prod(factors) if known else None
-        lhs, rhs = (shapes.get(x, "?") for x in operands[:2])
-        path = re.search(r'op_name="([^"]*)"', rest)
-        found.append(
-            CompiledProduct(
-                name,
-                path[1] if path else "",
-                lhs,
-                rhs,
-                out,
-                kernel,
-                scale,
-                kind,
-                native,
+    for computation in _computations(hlo):
+        shapes = dict(computation.shapes)
+        constants: dict[str, float] = {}
+        for x in computation.instructions:
+            shapes[x.name] = x.out
+            if x.opcode == "constant" and x.out in _NUMBERS:
+                constants[x.name] = float(x.inside)
+            elif x.opcode in _SAME_NUMBER and x.out in _NUMBERS:
+                if x.operands[0] in constants:
+                    constants[x.name] = constants[x.operands[0]]
+            if (how := _kernel(x, computation)) is None:
+                continue
+            lhs, rhs = (shapes.get(o, "?") for o in x.operands[:2])
+            path = re.search(r'op_name="([^"]*)"', x.rest)
+            found.append(
+                CompiledProduct(
+                    x.name,
+                    path[1] if path else "",
+                    lhs,
+                    rhs,
+                    x.out,
+                    how[0],
+                    _scale(x, how[0], shapes, constants),
+                    how[1],
+                    native,
+                )
             )
-        )
     return found
+
+
+def _scale(
+    x: "_Instruction",
+    kernel: str,
+    shapes: Mapping[str, str],
+    constants: Mapping[str, float],
+) -> float | None:
+    """What cuBLASLt multiplies by: its own factor, and those of the operands."""
+    if not kernel.startswith("cuBLAS"):
+        return 1.0
+    alpha = re.search(r'"alpha_real":([\d.e+-]+)', x.rest)
+    factors = [float(alpha[1]) if alpha else 1.0]
+    for operand in x.operands[2:]:
+        if shapes.get(operand) == "f32[]":
+            if operand not in constants:
+                return None
+            factors.append(constants[operand])
+    return math.prod(factors)
+
+
+def _kernel(x: "_Instruction", computation: "_Computation") -> tuple[str, str] | None:
+    """What computes a product, and its kind; None if it is no product."""
+    if x.opcode in _OPCODES:
+        return "Triton" if computation.is_triton else "XLA", _OPCODES[x.opcode]
+    return _target(x.rest) if x.opcode == "custom-call" else None
 
 
 def _target(rest: str) -> tuple[str, str] | None:
     name = re.search(r'custom_call_target="([^"]+)"', rest)
     known = (t for t in _TARGETS if name and name[1].startswith(t))
     return _TARGETS.get(next(known, ""))
+
+
+# -- Instructions ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """A line `name = out opcode(inside), ...`; `rest` is what follows the bracket."""
+
+    name: str
+    out: str
+    opcode: str
+    inside: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%?([\w.-]+)(?:,|$)", self.inside)
+
+    @property
+    def dtype(self) -> str:
+        return self.out.partition("[")[0]
+
+    @property
+    def is_number(self) -> bool:
+        return self.out.endswith("[]")
+
+    @property
+    def calls(self) -> str | None:
+        """What a fusion computes."""
+        called = re.search(r"\bcalls=%?([\w.-]+)", self.rest)
+        return called[1] if called and self.opcode == "fusion" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Computation:
+    """Names are unique within it alone."""
+
+    name: str
+    shapes: Mapping[str, str]
+    is_triton: bool
+    instructions: list[_Instruction]
+
+
+def _computations(hlo: str) -> list[_Computation]:
+    found: list[_Computation] = [_Computation("", {}, False, [])]
+    for line in hlo.splitlines():
+        if line.startswith(("%", "ENTRY")) and line.rstrip().endswith("{"):
+            name = line.removeprefix("ENTRY ").lstrip("%").partition(" ")[0]
+            shapes = dict(re.findall(rf"([\w.-]+): {_TYPE}", line))
+            triton = "triton_gemm" in line or "gemm_fusion" in line
+            found.append(_Computation(name, shapes, triton, []))
+        elif match := _DEFINITION.match(line):
+            name, out, opcode, rest = match.groups()
+            inside = rest.partition(")")[0]
+            found[-1].instructions.append(_Instruction(name, out, opcode, inside, rest))
+    return found
+
+
+# -- Factors that are kernels of their own ---------------------------------------------
+
+
+# What gives a tensor another shape or name, and moves nothing.
+_SAME_TENSOR = ("bitcast", "reshape", "get-tuple-element")
+# What a kernel may hold beside a multiplication and still do nothing else.
+_BESIDE = ("parameter", "constant", "broadcast", "convert", *_SAME_TENSOR)
+
+
+def lone_multiplications(hlo: str) -> list[str]:
+    """The kernels that do nothing but multiply, by one number, what a product reads or
+    what it wrote, by name, in the text of an optimised module.
+
+    They are what a factor costs that was not made a part of another kernel: one more
+    read and write of a tensor. One that casts between widths or transposes besides does
+    what has to be done without a factor too, and is not counted.
+    """
+    computations: dict[str | None, _Computation]
+    computations = {c.name: c for c in _computations(hlo)}
+    fused = {x.calls for c in computations.values() for x in c.instructions}
+
+    def is_product(x: _Instruction, within: _Computation) -> bool:
+        inner = computations.get(x.calls)
+        if inner:
+            return any(is_product(y, inner) for y in inner.instructions)
+        return _kernel(x, within) is not None
+
+    found: list[str] = []
+    for name, within in computations.items():
+        if name in fused:
+            continue
+        numbers = _of_one_number(within.instructions)
+        products = {x.name for x in within.instructions if is_product(x, within)}
+        beside = _beside(within.instructions, products) - products - numbers
+        for x in within.instructions:
+            inner = computations.get(x.calls)
+            if x.name in beside and (
+                _only_multiplies(inner.instructions)
+                if inner
+                else x.opcode == "multiply" and not numbers.isdisjoint(x.operands)
+            ):
+                found.append(x.name)
+    return found
+
+
+def _beside(instructions: Sequence[_Instruction], products: set[str]) -> set[str]:
+    """What reads a product's result, or computes its operand."""
+    through = products | {x.name for x in instructions if x.opcode in _SAME_TENSOR}
+    after, before = set(products), set(products)
+    for x in instructions:
+        if not (after & through).isdisjoint(x.operands):
+            after.add(x.name)
+    for x in reversed(instructions):
+        if x.name in before & through:
+            before |= {*x.operands}
+    return after | before
+
+
+def _of_one_number(instructions: Sequence[_Instruction]) -> set[str]:
+    """Names of numbers, and of tensors that are one number throughout."""
+    found: set[str] = set()
+    for x in instructions:
+        spread = x.opcode in (*_SAME_NUMBER, "broadcast") and {*x.operands} <= found
+        if x.is_number or spread:
+            found.add(x.name)
+    return found
+
+
+def _only_multiplies(instructions: Sequence[_Instruction]) -> bool:
+    """Whether a fused computation multiplies by numbers and leaves the dtype."""
+    numbers = _of_one_number(instructions)
+    rest = [x for x in instructions if x.name not in numbers]
+    times = [x for x in rest if x.opcode == "multiply"]
+    given = {x.dtype for x in rest if x.opcode == "parameter"}
+    return (
+        bool(times)
+        and not any(numbers.isdisjoint(x.operands) for x in times)
+        and all(x.opcode in ("multiply", *_BESIDE) for x in rest)
+        and given == {rest[-1].dtype}
+    )

@@ -164,8 +164,9 @@ class Formats:
     None as a format stands for no rounding.
 
     Raises:
-        TypeError: if `fwd` or `bwd` is no `Format`.
-        ValueError: if `native` and there is no hardware for the formats.
+        TypeError: if `fwd` or `bwd` is no `Format`, or `fused` no tuple.
+        ValueError: if `fused` names anything else; if `native` and there is no hardware
+            for the formats.
     """
 
     fwd: Format | None = None
@@ -179,10 +180,12 @@ class Formats:
                 _check_format(name, value)
         if not isinstance(self.native, bool):
             raise TypeError(f"`native` must be a bool, got {self.native!r}.")
-        if unknown := {*self.fused} - {"lhs", "rhs", "cotangent"}:
+        if not isinstance(self.fused, tuple):
+            raise TypeError(f"`fused` must be a tuple of names, got {self.fused!r}.")
+        if unknown := [x for x in self.fused if x not in ("lhs", "rhs", "cotangent")]:
             raise ValueError(
                 '`fused` must be of "lhs", "rhs" and "cotangent", got '
-                f"{sorted(unknown)} in {self.fused!r}."
+                f"{unknown} in {self.fused!r}."
             )
         if self.native and (self.fwd, self.bwd) not in _NATIVE_PAIRS:
             raise ValueError(
@@ -217,6 +220,14 @@ class ScaledFormats(Formats):
         return dataclasses.replace(self, fused=fused, lhs=self.rhs, rhs=self.lhs)
 
 
+def _check_formats(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, Formats):
+        raise TypeError(
+            f"`{name}` must be `jax_unit_scaling.Formats`, such as "
+            f"`jax_unit_scaling.NATIVE_FP8`, or None, got {value!r}."
+        )
+
+
 def also_fused(formats: Formats | None, *names: str) -> Formats | None:
     """`formats` with more operands `fused`."""
     if formats is None:
@@ -245,6 +256,9 @@ class BlockFormats:
         attention_out: of attention's output projection.
         mlp_in: of a feed-forward layer's up and gate projections.
         mlp_out: of its down projection.
+
+    Raises:
+        TypeError: if one of them is neither `Formats` nor None.
     """
 
     attention_in: Formats | None = None
@@ -253,11 +267,16 @@ class BlockFormats:
     mlp_in: Formats | None = None
     mlp_out: Formats | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _check_formats(name, value)
+
     @classmethod
     def of(cls, formats: "Formats | BlockFormats | None") -> "BlockFormats":
         """Those of all products, where one for all is given."""
         if isinstance(formats, BlockFormats):
             return formats
+        _check_formats("formats", formats)
         return cls(*[formats] * len(dataclasses.fields(cls)))
 
 

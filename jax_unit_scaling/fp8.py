@@ -11,7 +11,8 @@ What the numbers below stand for was measured on an H200 (`experiments/fp8_speed
   tensors is contracted along one axis on the way forward and along the other on the way
   back, so it is needed both as it is and transposed (`_both_layouts`). XLA would
   transpose by itself, in a cast that reads 16 bits and is not fused into what computes
-  them; to say so costs a tenth less time.
+  them; to say so costs a tenth less time. Kernels of our own do it a little faster
+  still, where the process sees one device, or inside a `shard_map` (`_kernels_apply`).
 - cuBLASLt multiplies its result by a number at no cost. XLA makes a multiplication of
   the result that number only if its broadcast has no second use, and it shares the
   broadcasts of equal factors among equal shapes: in a model, all of them. What reaches
@@ -42,6 +43,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ._jaxpr import Equation, Interpreter, Side, flow, source, traced_from, transform
+from .arguments import check_dimension_numbers, checked
 from .formats import Format, Formats, ScaledFormats, quantize_bwd, quantize_fwd
 from .op import varying
 from .scale import forward_only, scaled
@@ -186,6 +188,7 @@ def factors_of(equation: Equation) -> tuple[float, ...]:
     return tuple(float(v.val) for v in equation.invars[2:])
 
 
+@checked
 def dot_general(
     lhs: Float[Array, "..."],
     rhs: Float[Array, "..."],
@@ -205,8 +208,14 @@ def dot_general(
 
     `precision` HIGHEST asks for sums in full float32, which costs a few percent; by
     default Hopper's units add up with 14 bits or so before that.
+
+    Raises:
+        TypeError: if an operand is not floating point, or `formats` are no `Formats`.
+        ValueError: if `formats` are not native, or `dimension_numbers` do not fit.
     """
+    _check_native(formats)
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    check_dimension_numbers(lhs, rhs, dimension_numbers)
     (lc, rc), (lb, rb) = (tuple(map(tuple, pair)) for pair in dimension_numbers)
     dtype = np.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
     left, right = _Operand.of(lhs, lb, lc), _Operand.of(rhs, rb, rc)
@@ -227,6 +236,14 @@ def dot_general(
     axes = varying(lhs) | varying(rhs)
     lhs, rhs = (_varying_along(x, axes) for x in (lhs, rhs))
     return _dot(how, lhs, rhs, both.out, both.lhs, both.rhs)
+
+
+def _check_native(formats: Formats) -> None:
+    if not formats.native:
+        raise ValueError(
+            "`formats` must be native, such as `jax_unit_scaling.NATIVE_FP8`, got "
+            f"{formats}: `jax_unit_scaling.dot_general` simulates others."
+        )
 
 
 def _varying_along(x: Array, axes: frozenset[str]) -> Array:
@@ -443,10 +460,24 @@ def _matmul(
 # -- Casts -----------------------------------------------------------------------------
 
 
-def cast(x: Array, format: Format) -> Array:
-    """`x` in the format's own dtype, what lies beyond its largest number clipped."""
+@checked
+def cast(x: Float[Array, "*shape"], format: Format) -> Float[Array, "*shape"]:
+    """`x` in the format's own dtype, what lies beyond its largest number clipped.
+
+    Raises:
+        TypeError: if `x` is not floating point, or `format` no `Format`.
+        ValueError: if the format has no dtype.
+    """
+    _check_dtype(format)
     limit = format.max_in(x.dtype)
     return jnp.clip(x, -limit, limit).astype(format.dtype)
+
+
+def _check_dtype(format: Format) -> None:
+    if format.dtype is None:
+        raise ValueError(
+            f"`format` must have a dtype, as `jax_unit_scaling.E4M3` has, got {format}."
+        )
 
 
 def _both_layouts(x: Array, format: Format, fused: bool) -> tuple[Array, Array]:
@@ -470,9 +501,10 @@ def _both_layouts(x: Array, format: Format, fused: bool) -> tuple[Array, Array]:
 
 # -- Kernels ---------------------------------------------------------------------------
 
-# Tiles [rows, columns] and their warps, the fastest first of ten tried on an H200: it
-# casts and transposes a 16384 x 16384 matrix at 3.5 TB/s, and transposes one at 3.3,
-# where a copy moves 3.2. The other, for sizes that it does not divide, is 5% slower.
+# Tiles [rows, columns] and their warps, the fastest first of ten tried on an H200 in
+# exploration: alone, over and over, it casts and transposes a 16384 x 16384 matrix at
+# 3.5 TB/s, and transposes one at 3.3, where a copy moves 3.2. The other, for sizes that
+# it does not divide, is 5% slower.
 _TILES = (((64, 256), 8), ((64, 128), 4))
 
 
@@ -480,7 +512,9 @@ def _kernels_apply(x: Array) -> bool:
     """Whether whole tiles cover `x`, and it is in one piece.
 
     XLA partitions none of these kernels over devices. So where there may be several,
-    and no `shard_map` has split the work, XLA casts and transposes.
+    and no `shard_map` has split the work, XLA casts and transposes. That is wherever a
+    process sees more than one device, for what a `jit` will be partitioned over is not
+    known while it is traced.
     """
     if jax.default_backend() != "gpu" or _triton() is None:
         return False
@@ -506,10 +540,22 @@ def _tile_of(shape: tuple[int, ...]) -> tuple[tuple[int, int], int] | None:
     return None
 
 
+@checked
 def cast_and_transpose(
     x: Float[Array, "a b"], *, format: Format, interpret: bool = False
 ) -> tuple[Float[Array, "a b"], Float[Array, "b a"]]:
-    """`cast` and its transpose, in one read of `x`."""
+    """`cast` to 8 bits and its transpose, in one read of `x`.
+
+    A kernel for NVIDIA's GPUs; `interpret` runs it elsewhere.
+
+    Raises:
+        TypeError: if `x` is not floating point, or `format` no `Format`.
+        ValueError: if `x` is no matrix or not whole tiles, or the format has not 8
+            bits.
+        NotImplementedError: if this version of JAX has no Triton backend for Pallas.
+    """
+    _check_dtype(format)
+    _check_8_bits("format", format.dtype)
     limit = format.max_in(x.dtype)
 
     def kernel(x_ref: Any, y_ref: Any, t_ref: Any) -> None:
@@ -523,10 +569,18 @@ def cast_and_transpose(
     return y, t
 
 
+@checked
 def transpose(
     x: Float[Array, "a b"], *, interpret: bool = False
 ) -> Float[Array, "b a"]:
-    """The transpose of a matrix of 8-bit numbers."""
+    """The transpose of a matrix of 8-bit numbers, as `cast_and_transpose` a kernel.
+
+    Raises:
+        TypeError: if `x` is not floating point.
+        ValueError: if `x` has not 8 bits, is no matrix or not whole tiles.
+        NotImplementedError: if this version of JAX has no Triton backend for Pallas.
+    """
+    _check_8_bits("x", x.dtype)
 
     def kernel(x_ref: Any, t_ref: Any) -> None:
         t_ref[...] = x_ref[...].T
@@ -536,16 +590,31 @@ def transpose(
     return lax.bitcast_convert_type(y, x.dtype)
 
 
+def _check_8_bits(name: str, dtype: Any) -> None:
+    if jnp.finfo(dtype).bits != 8:
+        raise ValueError(
+            f"`{name}` must have 8 bits, as float8_e4m3fn and float8_e5m2 have, got "
+            f"{dtype}."
+        )
+
+
 def _tiled(
     kernel: Callable[..., None], x: Array, dtype: Any, *, both: bool, interpret: bool
 ) -> Sequence[Array]:
     from jax.experimental import pallas as pl
 
-    (a, b), found = x.shape, _tile_of(x.shape)
+    found = _tile_of(x.shape) if x.ndim == 2 else None
     if found is None:
         smallest, _ = _TILES[-1]
-        raise ValueError(f"`x` must be tiles of {smallest}, got shape {x.shape}.")
-    (rows, columns), warps = found
+        raise ValueError(
+            f"`x` must be a matrix of whole tiles of {smallest}, got shape {x.shape}."
+        )
+    if (triton := _triton()) is None and not interpret:
+        raise NotImplementedError(
+            f"jax {jax.__version__} has no Triton backend for Pallas: use "
+            "`jax_unit_scaling.fp8.cast` and `swapaxes`, as native products do."
+        )
+    (a, b), ((rows, columns), warps) = x.shape, found
     straight = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
     crossed = pl.BlockSpec((columns, rows), lambda i, j: (j, i))
     shapes = [(a, b), (b, a)] if both else [(b, a)]
@@ -555,7 +624,7 @@ def _tiled(
         in_specs=[straight],
         out_specs=[straight, crossed] if both else [crossed],
         out_shape=[_struct(shape, dtype, x) for shape in shapes],
-        compiler_params=_triton().CompilerParams(num_warps=warps),
+        compiler_params=triton and triton.CompilerParams(num_warps=warps),
         interpret=interpret,
     )(x)
 

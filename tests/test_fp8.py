@@ -13,8 +13,9 @@ from flax import linen as nn, nnx
 
 import jax_unit_scaling as jus
 from jax_unit_scaling import fp8
-from jax_unit_scaling.compiled import CompiledProducts, read
+from jax_unit_scaling.compiled import CompiledProducts, lone_multiplications, read
 from jax_unit_scaling.formats import also_fused
+from jax_unit_scaling.ops import attention
 
 NATIVE, SIMULATED = jus.NATIVE_FP8, jus.SIMULATED_FP8
 pytestmark = pytest.mark.filterwarnings("ignore:native FP8 formats on")
@@ -151,11 +152,10 @@ def test_convolutions_and_ragged_dots_are_simulated():
 def test_what_is_beyond_the_range_saturates_and_nan_stays():
     x = jnp.array([[1e4, -1e4, jnp.inf, jnp.nan, 1e-9, 300.0]])
     eye = jnp.eye(6)
-    numbers = (((1,), (0,)), ((), ()))
-    y = fp8.dot_general(x, eye, numbers, formats=NATIVE)
+    y = fp8.dot_general(x, eye, MATRICES, formats=NATIVE)
     assert jnp.isnan(y).all()  # NaN times zero
     clean = x.at[0, 3].set(0.0)
-    y = fp8.dot_general(clean, eye, numbers, formats=NATIVE)
+    y = fp8.dot_general(clean, eye, MATRICES, formats=NATIVE)
     np.testing.assert_array_equal(y[0], [448, -448, 448, 0, 0, 288])
     assert jnp.isnan(fp8.cast(x, jus.E4M3).astype(jnp.float32)[0, 3])
 
@@ -185,9 +185,107 @@ def test_the_kernels_equal_xla(shape, format):
     assert bool((again == t).all())
 
 
-def test_kernels_refuse_what_their_tiles_do_not_cover():
-    with pytest.raises(ValueError, match=r"`x` must be tiles of \(64, 128\)"):
-        fp8.transpose(jnp.zeros((100, 128), jnp.float8_e4m3fn), interpret=True)
+TILE = jnp.zeros((64, 128))
+CAST = ft.partial(fp8.cast_and_transpose, format=jus.E4M3, interpret=True)
+TRANSPOSE = ft.partial(fp8.transpose, interpret=True)
+WHOLE_TILES = r"`x` must be a matrix of whole tiles of \(64, 128\), got shape"
+REFUSED_BY_KERNELS = {
+    "no whole tiles": (CAST, TILE[1:], ValueError, WHOLE_TILES),
+    "a stack": (CAST, TILE[None], ValueError, WHOLE_TILES),
+    "integers": (CAST, TILE.astype(int), TypeError, "`x` must be a floating-point"),
+    "16 bits": (
+        ft.partial(CAST, format=jus.BF16),
+        TILE,
+        ValueError,
+        "`format` must have 8 bits, .* got bfloat16",
+    ),
+    "4 bits": (
+        ft.partial(CAST, format=jus.formats.E2M1),
+        TILE,
+        ValueError,
+        "`format` must have 8 bits, .* got float4",
+    ),
+    "no dtype": (
+        ft.partial(CAST, format=jus.Format(4, 2)),
+        TILE,
+        ValueError,
+        "`format` must have a dtype",
+    ),
+    "a dtype": (
+        ft.partial(CAST, format=jnp.float8_e4m3fn),
+        TILE,
+        TypeError,
+        "`format` must be Format, got",
+    ),
+    "wide numbers": (TRANSPOSE, TILE, ValueError, "`x` must have 8 bits, .* float32"),
+    "a stack, to transpose": (
+        TRANSPOSE,
+        TILE[None].astype(jnp.float8_e4m3fn),
+        ValueError,
+        WHOLE_TILES,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_BY_KERNELS)
+def test_kernels_refuse(what):
+    kernel, x, error, message = REFUSED_BY_KERNELS[what]
+    with pytest.raises(error, match=message):
+        kernel(x)
+
+
+def test_kernels_without_their_backend(monkeypatch):
+    """In the interpreter they need none."""
+    expected = CAST(TILE + 300)
+    monkeypatch.setattr(fp8, "_triton", lambda: None)
+    for a, b in zip(CAST(TILE + 300), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a, float), np.asarray(b, float))
+    with pytest.raises(NotImplementedError, match="no Triton backend for Pallas: use"):
+        fp8.cast_and_transpose(TILE, format=jus.E4M3)
+
+
+MATRICES = (((1,), (0,)), ((), ()))
+ARGUMENTS = {
+    "simulated": ({"formats": SIMULATED}, ValueError, "`formats` must be native"),
+    "wide": (
+        {"formats": jus.Formats(jus.BF16, jus.BF16)},
+        ValueError,
+        "`formats` must be native",
+    ),
+    "empty": ({"formats": jus.Formats()}, ValueError, "`formats` must be native"),
+    "none": ({"formats": None}, TypeError, "`formats` must be Formats, got None"),
+    "of a block": ({"formats": jus.MUNIT_FP8}, TypeError, "`formats` must be Formats"),
+    "integers": ({"rhs": jnp.ones((8, 4), int)}, TypeError, "`rhs` must be a floating"),
+    "no such axis": (
+        {"dimension_numbers": (((3,), (0,)), ((), ()))},
+        ValueError,
+        "`dimension_numbers` must name axes of `lhs`",
+    ),
+    "other sizes": (
+        {"dimension_numbers": (((0,), (0,)), ((), ()))},
+        ValueError,
+        r"`lhs` and `rhs` must agree on the contracting dimensions, .* \[4\] of",
+    ),
+    "no pairs": (
+        {"dimension_numbers": ((1,), (0,))},
+        TypeError,
+        "`dimension_numbers` must be tuple",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ARGUMENTS)
+def test_bad_arguments_of_a_native_product_are_named(what):
+    given, error, message = ARGUMENTS[what]
+    good = {
+        "lhs": jnp.ones((4, 8)),
+        "rhs": jnp.ones((8, 4)),
+        "dimension_numbers": MATRICES,
+        "formats": NATIVE,
+    }
+    assert fp8.dot_general(**good).shape == (4, 4)
+    with pytest.raises(error, match=message):
+        fp8.dot_general(**good | given)
 
 
 def test_every_way_to_cast_gives_the_same_product(monkeypatch):
@@ -400,6 +498,14 @@ def test_bad_formats_are_refused():
         jus.Formats(jus.E4M3, jus.E5M2, native=True, fused=("kernel",))
     with pytest.raises(TypeError, match="`native` must be a bool"):
         jus.Formats(jus.E4M3, jus.E5M2, native=1)
+    for fused in (None, "rhs", ["rhs"]):
+        with pytest.raises(TypeError, match="`fused` must be a tuple of names, got"):
+            jus.Formats(fused=fused)
+    for bad in ("fp8", jus.E4M3, jus.MUNIT_FP8):
+        with pytest.raises(TypeError, match="`mlp_in` must be `jax_unit_scaling.Form"):
+            jus.BlockFormats(mlp_in=bad)
+    with pytest.raises(TypeError, match="`formats` must be .* or None, got 'fp8'"):
+        jus.BlockFormats.of("fp8")
 
 
 def test_formats_for_each_product():
@@ -421,13 +527,62 @@ def test_it_says_once_that_there_is_no_hardware():
 
 
 def test_attention_by_cudnn_is_refused_where_it_cannot_be():
-    q = normal(0, 1, 8, 2, 16)
-    with pytest.raises(ValueError, match='`implementation` must be "xla" or "cudnn"'):
-        jus.dot_product_attention(q, q, q, implementation="triton")
-    with pytest.raises(ValueError, match="neither dropout nor `query_positions`"):
+    def attend(q, *more, implementation="cudnn", **options):
         jus.dot_product_attention(
-            q, q, q, None, None, jnp.arange(8), implementation="cudnn"
+            q, q, q, *more, implementation=implementation, **options
         )
+
+    q = normal(0, 1, 8, 2, 16, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match='`implementation` must be "xla" or "cudnn"'):
+        attend(q, implementation="triton")
+    not_there = "neither dropout, `precision` nor `query_positions`"
+    with pytest.raises(ValueError, match=not_there):
+        attend(q, None, None, jnp.arange(8))
+    with pytest.raises(ValueError, match=not_there):
+        attend(q, precision="highest")
+    dropout = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
+    with pytest.raises(ValueError, match=not_there):
+        attend(q, **dropout)
+    with pytest.raises(ValueError, match=r"one batch axis or none, got .*\(1, 1, 8"):
+        attend(q[None])
+    with pytest.raises(ValueError, match="in float16 and bfloat16, got float32"):
+        attend(q.astype(jnp.float32))
+    with pytest.raises(ValueError, match='needs an NVIDIA GPU, got the backend "cpu"'):
+        attend(q)
+
+
+@pytest.mark.parametrize(
+    "formats", [None, SIMULATED, NATIVE], ids=["none", "simulated", "native"]
+)
+def test_attention_by_cudnn_is_given_what_it_takes(monkeypatch, formats):
+    """With XLA's kernel in its place."""
+    monkeypatch.setattr(attention, "on_cuda", lambda: True)
+    kernel = jax.nn.dot_product_attention
+
+    def in_its_place(*args, implementation, **options):
+        assert implementation == "cudnn"
+        return kernel(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
+    args = [normal(i, 2, 8, 2, 16, dtype=jnp.float16) for i in range(3)]
+    found, expected = (
+        output_and_gradients(
+            ft.partial(
+                jus.dot_product_attention,
+                is_causal=True,
+                formats=formats,
+                implementation=implementation,
+            ),
+            *args,
+        )
+        for implementation in ("cudnn", "xla")
+    )
+    for a, b in zip(found, expected, strict=True):
+        a, b = (np.asarray(z, np.float64) for z in (a, b))
+        # Simulated, the factor is on the value where that is rounded, and not on the
+        # output's cotangent: both become other numbers, of 3 and 2 bits.
+        tolerance = 0.1 if formats == SIMULATED else 5e-3
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
 
 # -- Compiling -------------------------------------------------------------------------
@@ -671,6 +826,79 @@ def test_all_kinds_of_a_gpus_products_are_read():
     assert narrow.is_fp8
 
 
+# By hand as well: who reads and writes what, and which of it only multiplies.
+GPU_MULTIPLICATIONS = """\
+%times (p.0: bf16[64,160]) -> bf16[64,160] {
+  %p.0 = bf16[64,160]{1,0} parameter(0)
+  %wide = f32[64,160]{1,0} convert(%p.0)
+  %half = f32[] constant(0.5)
+  %halves = f32[64,160]{1,0} broadcast(%half), dimensions={}
+  %mul.1 = f32[64,160]{1,0} multiply(%wide, %halves)
+  ROOT %narrow = bf16[64,160]{1,0} convert(%mul.1)
+}
+%cast (p.1: f32[96,160]) -> bf16[96,160] {
+  %p.1 = f32[96,160]{1,0} parameter(0)
+  %half = f32[] constant(0.5)
+  %halves = f32[96,160]{1,0} broadcast(%half), dimensions={}
+  %mul.2 = f32[96,160]{1,0} multiply(%p.1, %halves)
+  ROOT %narrow = bf16[96,160]{1,0} convert(%mul.2)
+}
+%square (p.2: bf16[64,160]) -> bf16[64,160] {
+  %p.2 = bf16[64,160]{1,0} parameter(0)
+  ROOT %mul.3 = bf16[64,160]{1,0} multiply(%p.2, %p.2)
+}
+%turn (p.3: bf16[64,160], p.4: bf16[]) -> bf16[160,64] {
+  %p.3 = bf16[64,160]{1,0} parameter(0)
+  %p.4 = bf16[] parameter(1)
+  %all = bf16[64,160]{1,0} broadcast(%p.4), dimensions={}
+  %mul.4 = bf16[64,160]{1,0} multiply(%p.3, %all)
+  ROOT %turned = bf16[160,64]{1,0} transpose(%mul.4), dimensions={1,0}
+}
+%gemm_fusion_dot (p.5: bf16[64,96], p.6: bf16[96,160]) -> bf16[64,160] {
+  %p.5 = bf16[64,96]{1,0} parameter(0)
+  %p.6 = bf16[96,160]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[64,160]{1,0} dot(%p.5, %p.6), lhs_contracting_dims={1}
+}
+ENTRY %main (x: bf16[64,96], w: f32[96,160], y: bf16[64,160]) -> bf16[64,160] {
+  %x = bf16[64,96]{1,0} parameter(0)
+  %w = f32[96,160]{1,0} parameter(1)
+  %y = bf16[64,160]{1,0} parameter(2)
+  %number = bf16[] constant(3)
+  %numbers = bf16[64,96]{1,0} broadcast(%number), dimensions={}
+  %before = bf16[64,96]{1,0} multiply(%x, %numbers)
+  %same = bf16[64,96]{1,0} bitcast(%before)
+  %cast_multiply = bf16[96,160]{1,0} fusion(%w), kind=kLoop, calls=%cast
+  %gemm = (bf16[64,160]{1,0}, s8[8]{0}) custom-call(%same, %cast_multiply), custom_call_target="__cublas$gemm"
+  %got = bf16[64,160]{1,0} get-tuple-element(%gemm), index=0
+  %after = bf16[64,160]{1,0} fusion(%got), kind=kLoop, calls=%times
+  %squared = bf16[64,160]{1,0} fusion(%got), kind=kLoop, calls=%square
+  %turned = bf16[160,64]{1,0} fusion(%got, %number), kind=kLoop, calls=%turn
+  %triton = bf16[64,160]{1,0} fusion(%x, %cast_multiply), kind=kCustom, calls=%gemm_fusion_dot
+  %after_triton = bf16[64,160]{1,0} fusion(%triton), kind=kLoop, calls=%times
+  %elsewhere = bf16[64,160]{1,0} fusion(%y), kind=kLoop, calls=%times
+  ROOT %sum = bf16[64,160]{1,0} add(%after, %elsewhere)
+}
+"""  # noqa: E501
+
+
+def test_multiplications_that_are_kernels_of_their_own_are_found():
+    found = lone_multiplications(GPU_MULTIPLICATIONS)
+    assert found == ["before", "after", "after_triton"]
+
+
+def test_a_factor_that_another_operation_takes_is_no_kernel():
+    x, w = normal(0, 16, 32), normal(1, 32, 8)
+
+    def count(fn):
+        text = jax.jit(fn).lower(x, w).compile().as_text()
+        return len(lone_multiplications(text))
+
+    assert count(lambda x, w: x @ w) == 0
+    assert count(lambda x, w: (x @ w) * 0.3) == 1
+    assert count(lambda x, w: ((x * 0.3) @ w) * 0.3) == 2
+    assert count(lambda x, w: jnp.tanh((x @ w) * 0.3)) == 0
+
+
 SIMULATED_ONES = {
     "a convolution": (
         jus.conv,
@@ -747,12 +975,7 @@ def test_gpu_products_are_8_bit_ones_with_their_factors_inside():
     found = jus.assert_fp8(jus.jit(step), x, w)
     assert len(found) == 3
     text = jus.jit(step).lower(x, w).compile().as_text()
-    alone = [
-        line
-        for line in text.splitlines()
-        if "multiply" in line.split("=")[0] and "fusion(" in line
-    ]
-    assert alone == []
+    assert lone_multiplications(text) == []
 
 
 @pytest.mark.gpu

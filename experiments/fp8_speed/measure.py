@@ -20,23 +20,36 @@ Program = tuple[Any, tuple[Any, ...], float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """What was measured of one program.
+class Compiled:
+    """What a compiled program tells without being run.
 
     Attributes:
-        ms: milliseconds of a call: the median of the rounds.
-        spread: between the quartiles of the rounds.
         compile_s: seconds to compile.
         temporary_gib: memory beside arguments and results.
         fp8, products: how many products are 8-bit ones, of how many.
+        multiplications: how many kernels only multiply, by a number, what a product
+            reads or wrote: factors that became a part of nothing else.
     """
 
-    ms: float
-    spread: float
     compile_s: float
     temporary_gib: float
     fp8: int
     products: int
+    multiplications: int
+
+    @classmethod
+    def of(cls, program: Any, seconds: float) -> dict[str, Any]:
+        """As it is kept in a record."""
+        text = program.as_text()
+        products = jus.compiled.read(text)
+        found = cls(
+            seconds,
+            program.memory_analysis().temp_size_in_bytes / 2**30,
+            sum(p.is_fp8 for p in products),
+            len(products),
+            len(jus.compiled.lone_multiplications(text)),
+        )
+        return dataclasses.asdict(found)
 
 
 def compiled(fn: Callable[..., Any], args: tuple[Any, ...], options: Any) -> Program:
@@ -48,8 +61,9 @@ def compiled(fn: Callable[..., Any], args: tuple[Any, ...], options: Any) -> Pro
 
 def side_by_side(
     programs: Mapping[str, Program], *, rounds: int = 5, phase: float = 1.0
-) -> dict[str, Measured]:
-    """Times each program in turn, in several rounds.
+) -> dict[str, dict[str, Any]]:
+    """Times each program in turn, in several rounds: `Compiled`, the median of the
+    rounds (`ms`), and what is between their quartiles (`spread`).
 
     A GPU under load lowers its clock until it keeps to its power, which takes tenths of
     a second. So each turn calls one program for `phase` seconds, and its second half is
@@ -67,15 +81,8 @@ def side_by_side(
     found = {}
     for name, (program, _, seconds) in programs.items():
         low, middle, high = statistics.quantiles(times[name], n=4)
-        products = jus.compiled.read(program.as_text())
-        found[name] = Measured(
-            middle,
-            high - low,
-            seconds,
-            program.memory_analysis().temp_size_in_bytes / 2**30,
-            sum(p.is_fp8 for p in products),
-            len(products),
-        )
+        spent = {"ms": middle, "spread": high - low}
+        found[name] = spent | Compiled.of(program, seconds)
     return found
 
 

@@ -20,7 +20,7 @@ NAMES: dict[Kind, str] = {
     "fp8 flax": "FP8, Flax's `Fp8DirectDotGeneralOp`",
     "fp8 qwix": "FP8, qwix's `QtProvider`, per tensor",
 }
-# On a CPU, which has no cuDNN, the same models run for the tests.
+# On a CPU, which has no cuDNN, the same models run with `--smoke`, and so in the tests.
 IMPLEMENTATION: Literal["cudnn", "xla"] = (
     "cudnn" if jax.default_backend() == "gpu" else "xla"
 )

@@ -1,30 +1,27 @@
-"""The measurements, their table and pictures: `python -m experiments.fp8_speed`."""
+"""The measurements: `python -m experiments.fp8_speed`."""
 
 import dataclasses
 import functools as ft
+import importlib.util
 import json
-import platform
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from rich.console import Console
-from rich.markdown import Markdown
 
 import jax_unit_scaling as jus
 
+from ..shared.record import as_json, environment
 from . import model as models
-from .measure import Measured, Program, compiled, grouped, kernels, side_by_side
+from .measure import Program, compiled, kernels, side_by_side
 from .model import NAMES, Kind, Size
+from .report import RECORD, draw, report
+from .train import TrainConfig, train
 
-FIGURES = Path(__file__).parent / "figures"
+Part = Literal["linear", "layers", "sweep", "train"]
 # Triton's kernels too: XLA's own default, which the baseline may be faster with.
 DEFAULT = {"xla_gpu_enable_triton_gemm": True}
 
@@ -33,6 +30,8 @@ DEFAULT = {"xla_gpu_enable_triton_gemm": True}
 class SpeedConfig:
     """What is measured; by default what the figures show."""
 
+    parts: tuple[Part, ...] = ("linear", "layers", "sweep", "train")
+    """Of a record with more, the others stay as they are."""
     linear: tuple[int, int, int] = (16384, 4096, 16384)
     layers: Size = Size()
     widths: tuple[int, ...] = (1024, 2048, 4096, 8192)
@@ -41,15 +40,48 @@ class SpeedConfig:
     rounds: int = 5
     phase: float = 1.0
     profile: bool = True
-    out: Path = FIGURES / "speed.json"
+    """Where there is a GPU: times by kernel, and the roofline."""
+    train: TrainConfig = TrainConfig()
+    out: Path = RECORD
+    smoke: bool = False
+    """Runs through everything once, at a size that says nothing."""
+
+    @property
+    def smaller(self) -> "SpeedConfig":
+        """A minute of a CPU."""
+        tiny = Size(width=32, hidden=64, head_size=16, depth=1, batch=2, length=32)
+        qwix = importlib.util.find_spec("qwix") is not None
+        return dataclasses.replace(
+            self,
+            linear=(64, 32, 64),
+            layers=tiny,
+            widths=(32,),
+            tokens=(32,),
+            kinds=tuple(k for k in self.kinds if qwix or k != "fp8 qwix"),
+            rounds=2,
+            phase=0.01,
+            train=dataclasses.replace(
+                self.train,
+                size=tiny,
+                vocabulary=300,
+                characters=2**14,
+                steps=4,
+                plain_steps=4,
+                warmup=1,
+                settled=1,
+            ),
+            out=Path("runs/fp8_speed/speed.json") if self.out == RECORD else self.out,
+        )
 
 
+# Saves a part's result so far.
+Keep = Callable[[Any], None]
 Build = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
 def _measure(
     config: SpeedConfig, title: str, builds: Mapping[str, tuple[Build, Any]]
-) -> tuple[dict[str, Measured], dict[str, Program]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, Program]]:
     programs = {}
     for name, (build, options) in builds.items():
         print(f"{title}: compiling {name}", file=sys.stderr)
@@ -63,7 +95,7 @@ def _on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def _linear(config: SpeedConfig) -> dict[str, Any]:
+def _linear(config: SpeedConfig, keep: Keep) -> dict[str, Any]:
     builds: dict[str, tuple[Build, Any]] = {
         NAMES[kind]: (ft.partial(models.linear, *config.linear, kind), None)
         for kind in config.kinds
@@ -76,10 +108,10 @@ def _linear(config: SpeedConfig) -> dict[str, Any]:
     if _on_gpu():
         default = (lambda: models.linear(*config.linear, "bf16"), DEFAULT)
         builds["bfloat16, Flax, with Triton's kernels"] = default
-    return _rows(_measure(config, "linear", builds)[0])
+    return {"times": _measure(config, "linear", builds)[0]}
 
 
-def _layers(config: SpeedConfig) -> dict[str, Any]:
+def _layers(config: SpeedConfig, keep: Keep) -> dict[str, Any]:
     builds: dict[str, tuple[Build, Any]] = {
         NAMES[kind]: (ft.partial(models.forward_backward, config.layers, kind), None)
         for kind in config.kinds
@@ -88,20 +120,26 @@ def _layers(config: SpeedConfig) -> dict[str, Any]:
         default = (lambda: models.forward_backward(config.layers, "bf16"), DEFAULT)
         builds["bfloat16, Flax, with Triton's kernels"] = default
     found, programs = _measure(config, "layers", builds)
-    result: dict[str, Any] = {"times": _rows(found)}
-    if config.profile:
-        measured = {k: kernels(programs[NAMES[k]]) for k in ("bf16", "fp8 unit")}
-        result["kernels"] = measured
-        result["roofline"] = _roofline(config, grouped(measured["fp8 unit"]))
+    result: dict[str, Any] = {"times": found}
+    keep(result)
+    if config.profile and _on_gpu():
+        profiled: tuple[Kind, ...] = ("bf16", "bf16 unit", "fp8 unit")
+        result["kernels"] = {
+            NAMES[kind]: kernels(programs[NAMES[kind]])
+            for kind in profiled
+            if kind in config.kinds
+        }
+        result["roofline"] = _roofline(config)
     return result
 
 
-def _roofline(config: SpeedConfig, groups: Mapping[str, float]) -> dict[str, Any]:
-    """What the step's kernels take, and could: milliseconds.
+def _roofline(config: SpeedConfig) -> dict[str, Any]:
+    """What FP8 kernels of these layers could take at least: milliseconds.
 
     The floor of the products is their operations at the rate of one large product of
-    operands that are in place; that of the casts is one read of 16 bits and two writes
-    of 8 for every operand, at the rate of a copy.
+    operands that are in place; that of attention, half of whose seven products a causal
+    mask hides, its operations at that rate in bfloat16; that of the casts is one read
+    of 16 bits and two writes of 8 for every operand, at the rate of a copy.
     """
     size = config.layers
     tokens = size.batch * size.length
@@ -115,12 +153,13 @@ def _roofline(config: SpeedConfig, groups: Mapping[str, float]) -> dict[str, Any
     a8 = jus.fp8.cast(b.T * 0.5, jus.E4M3)
     b8 = jus.fp8.cast(b, jus.E4M3)
     programs = {
-        "product": compiled(product, (a8, b8), None),
+        "fp8": compiled(product, (a8, b8), None),
+        "bf16": compiled(product, (b, b), None),
         "copy": compiled(_increment, (jnp.tile(b, (4, 1)),), None),
     }
     # As the groups: from a short profile, at the clock before the GPU's power limit.
     rates = {name: sum(kernels(p).values()) for name, p in programs.items()}
-    operations = 2 * side**3 / rates["product"]
+    operations = {name: 2 * side**3 / rates[name] for name in ("fp8", "bf16")}
     bytes_per_ms = 2 * 2 * 4 * side**2 / rates["copy"]
     weights = size.depth * (4 * size.width**2 + 3 * size.width * size.hidden)
     # Of a layer: the norms' and attention's outputs, and the MLP's; the cotangents of
@@ -128,13 +167,14 @@ def _roofline(config: SpeedConfig, groups: Mapping[str, float]) -> dict[str, Any
     inputs = tokens * (3 * size.width + size.hidden)
     cotangents = tokens * (5 * size.width + 2 * size.hidden)
     cast = weights + size.depth * (inputs + cotangents)
+    attention = 7 * size.depth * tokens * size.length * size.width
     return {
-        "measured": dict(groups),
         "floor": {
-            "products": 6 * tokens * weights / operations,
+            "products": 6 * tokens * weights / operations["fp8"],
+            "attention": attention / operations["bf16"],
             "casts": cast * (2 + 1 + 1) / bytes_per_ms,
         },
-        "product_tflops": operations / 1e9,
+        "tflops": {name: rate / 1e9 for name, rate in operations.items()},
         "copy_tb_per_s": bytes_per_ms / 1e9,
     }
 
@@ -143,8 +183,8 @@ def _increment(x: jax.Array) -> jax.Array:
     return x + 1
 
 
-def _sweep(config: SpeedConfig) -> list[dict[str, Any]]:
-    found = []
+def _sweep(config: SpeedConfig, keep: Keep) -> dict[str, Any]:
+    found: list[dict[str, Any]] = []
     for width in config.widths:
         for tokens in config.tokens:
             length = min(2048, tokens)
@@ -160,81 +200,53 @@ def _sweep(config: SpeedConfig) -> list[dict[str, Any]]:
                 f"width {width}, {tokens} tokens",
                 builds,
             )
-            found.append({"width": width, "tokens": tokens, "times": _rows(times)})
-    return found
+            found.append({"width": width, "tokens": tokens, "times": times})
+            keep({"points": found})
+    return {"points": found}
 
 
-def _rows(found: Mapping[str, Measured]) -> dict[str, Any]:
-    return {name: dataclasses.asdict(m) for name, m in found.items()}
+def _train(config: SpeedConfig, keep: Keep) -> dict[str, Any]:
+    return train(config.train, keep)
 
 
-def _baseline(times: Mapping[str, Any]) -> float:
-    """The faster of the plain bfloat16 programs."""
-    return min(m["ms"] for name, m in times.items() if name.startswith(NAMES["bf16"]))
-
-
-def table(times: Mapping[str, Any]) -> str:
-    """A table in Markdown, against the faster plain bfloat16."""
-    base = _baseline(times)
-    lines = [
-        "| | ms (quartiles) | against bfloat16 | FP8 products | temporary GiB | "
-        "compile s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, m in times.items():
-        lines.append(
-            f"| {name} | {m['ms']:.2f} ({m['spread']:.2f}) | {base / m['ms']:.2f} | "
-            f"{m['fp8']} of {m['products']} | {m['temporary_gib']:.2f} | "
-            f"{m['compile_s']:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def _draw(sweep: list[dict[str, Any]], device: str, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for tokens in sorted({point["tokens"] for point in sweep}):
-        points = [p for p in sweep if p["tokens"] == tokens]
-        axes.plot(
-            [p["width"] for p in points],
-            [
-                _baseline(p["times"]) / p["times"][NAMES["fp8 unit"]]["ms"]
-                for p in points
-            ],
-            marker="o",
-            label=f"{tokens} tokens",
-        )
-    axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks([p["width"] for p in sweep], [str(p["width"]) for p in sweep])
-    axes.set_xlabel("width of the layer")
-    axes.set_ylabel("time of bfloat16 / time of FP8")
-    axes.set_title(f"One Llama-shaped layer, forward and backward ({device})")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+PARTS: dict[Part, Callable[[SpeedConfig, Keep], dict[str, Any]]] = {
+    "linear": _linear,
+    "layers": _layers,
+    "sweep": _sweep,
+    "train": _train,
+}
 
 
 def run(config: SpeedConfig) -> dict[str, Any]:
-    """Measures, saves after each part, prints the tables, and draws the sweep."""
-    device = jax.devices()[0].device_kind
-    result: dict[str, Any] = {
-        "device": device,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "config": dataclasses.asdict(config) | {"out": str(config.out)},
-    }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    parts = {"linear": _linear, "layers": _layers, "sweep": _sweep}
-    for name, part in parts.items():
-        result[name] = part(config)
-        config.out.write_text(json.dumps(result, indent=1) + "\n")
-    console = Console()
-    console.print(
-        Markdown(f"## Linear layer {config.linear}\n{table(result['linear'])}")
-    )
-    console.print(Markdown(f"## Layers\n{table(result['layers']['times'])}"))
-    for point in result["sweep"]:
-        title = f"## Width {point['width']}, {point['tokens']} tokens"
-        console.print(Markdown(f"{title}\n{table(point['times'])}"))
-    _draw(result["sweep"], device, config.out.with_suffix(".png"))
-    return result
+    """Measures, saves as it goes, prints the tables and draws the pictures.
+
+    The record has an entry for each part: what it was run with, and its result. One
+    that is in the file and not in `config.parts` stays.
+    """
+    config = config.smaller if config.smoke else config
+    _check(config)
+    out = config.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    about = {**environment(), "config": as_json(dataclasses.asdict(config))}
+    for name in config.parts:
+
+        def keep(result: Any, name: Part = name) -> None:
+            record[name] = {**about, "result": result}
+            out.write_text(json.dumps(record, indent=1) + "\n")
+
+        keep(PARTS[name](config, keep))
+    print(report(record))
+    draw(record, out.parent)
+    return record
+
+
+def _check(config: SpeedConfig) -> None:
+    if unknown := [name for name in config.parts if name not in PARTS]:
+        raise ValueError(f"`parts` must be of {[*PARTS]}, got {unknown}.")
+    layers = "layers" in config.parts and "fp8 qwix" in config.kinds
+    if layers and importlib.util.find_spec("qwix") is None:
+        raise ModuleNotFoundError(
+            "`kinds` has 'fp8 qwix', whose package is not there: install qwix, or "
+            "leave it out (`--kinds bf16 'bf16 unit' 'fp8 unit' 'fp8 flax'`)."
+        )

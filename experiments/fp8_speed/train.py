@@ -1,36 +1,28 @@
 """A whole training step at a billion parameters, and a run of some hundred of them.
 
-`python -m experiments.fp8_speed.train`: a byte-pair language model on real text, remat
-of every block, float32 parameters, AdamW; the same data and rate for both precisions.
+A byte-pair language model on real text, remat of every block, float32 parameters,
+AdamW; the same data for all, and the same rate for both unit-scaled precisions.
 """
 
 import dataclasses
 import functools as ft
-import json
-import math
-import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
 import optax
 
 import jax_unit_scaling as jus
 
 from ..shared.data import Ids, load_corpus, text_of, train_batch
 from ..shared.loop import timed_steps
-from ..shared.record import environment
 from ..shared.tokens import byte_pairs, encode
+from .measure import Compiled
 from .model import NAMES, Kind, LanguageModel, Size
-from .run import FIGURES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +32,22 @@ class TrainConfig:
     size: Size = Size(width=2048, hidden=7168, head_size=128, depth=16, batch=8)
     vocabulary: int = 32768
     data: Path | None = None
+    characters: int | None = None  # of the text; None for all of it
     kinds: tuple[Kind, ...] = ("bf16", "bf16 unit", "fp8 unit")
     steps: int = 300
-    plain_steps: int = 40
+    plain_steps: int = 300  # of plain bfloat16
     rate: float = 2**-1
     plain_rate: float = 3e-4
     warmup: int = 50
     settled: int = 5  # steps before the clock starts
     weight_decay: float = 2**-13
     seed: int = 0
-    out: Path = FIGURES / "train.json"
 
 
-def tokens(data: Path | None, vocabulary: int) -> Ids:
+def tokens(config: TrainConfig) -> Ids:
     """The training text as ids of a byte-pair encoding that is trained on it."""
-    text = text_of(load_corpus(data, "bytes").train)
-    return encode(byte_pairs(text, vocabulary), text)
+    text = text_of(load_corpus(config.data, "bytes").train)[: config.characters]
+    return encode(byte_pairs(text, config.vocabulary), text)
 
 
 def _optimiser(config: TrainConfig, kind: Kind) -> optax.GradientTransformation:
@@ -107,8 +99,7 @@ def _train(config: TrainConfig, kind: Kind, ids: Ids) -> dict[str, Any]:
 
     start = time.perf_counter()
     program = step.lower(state, *batch(0)).compile()
-    compile_s = time.perf_counter() - start
-    products = jus.compiled.read(program.as_text())
+    compiled = Compiled.of(program, time.perf_counter() - start)
     steps = config.plain_steps if kind == "bf16" else config.steps
 
     def show(i: int, value: float) -> None:
@@ -122,15 +113,11 @@ def _train(config: TrainConfig, kind: Kind, ids: Ids) -> dict[str, Any]:
         show=show,
     )
     return {
-        "losses": losses,
-        "step_ms": seconds * 1e3,
+        "ms": seconds * 1e3,
         "tokens_per_s": config.size.batch * config.size.length / seconds,
         "parameters": count,
-        "compile_s": compile_s,
-        "fp8": sum(p.is_fp8 for p in products),
-        "products": len(products),
-        "temporary_gib": program.memory_analysis().temp_size_in_bytes / 2**30,
-    }
+        "losses": losses,
+    } | compiled
 
 
 def _plain_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -138,51 +125,15 @@ def _plain_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(wide, targets).mean()
 
 
-def _smoothed(losses: list[float], window: int = 20) -> np.ndarray[Any, Any]:
-    window = min(window, len(losses))
-    return np.convolve(losses, np.ones(window) / window, "valid")
-
-
-def _draw(result: dict[str, Any], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    styles: dict[Kind, str] = {"bf16 unit": "-", "fp8 unit": "--"}
-    for kind, style in styles.items():
-        if kind in result["runs"]:
-            smooth = _smoothed(result["runs"][kind]["losses"])
-            axes.plot(smooth / math.log(2), style, label=NAMES[kind].replace("`", ""))
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss, bits per token (mean of 20 steps)")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Trains each kind in turn, saves after each, and draws the losses."""
-    ids = tokens(config.data, config.vocabulary)
+def train(
+    config: TrainConfig, keep: Callable[[Any], None] = lambda result: None
+) -> dict[str, Any]:
+    """Trains each kind in turn: its times, losses and memory. `keep` gets what there is
+    after each."""
+    ids = tokens(config)
     print(f"{len(ids)} tokens", file=sys.stderr)
-    result: dict[str, Any] = {
-        **environment(),
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
-        "tokens": len(ids),
-        "runs": {},
-    }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"tokens": len(ids), "times": {}}
     for kind in config.kinds:
-        result["runs"][kind] = _train(config, kind, ids)
-        config.out.write_text(json.dumps(result, indent=1) + "\n")
-    _draw(result, config.out.with_suffix(".png"))
-    for kind, run in result["runs"].items():
-        last = statistics.mean(run["losses"][-20:])
-        print(
-            f"{kind}: {run['tokens_per_s']:.0f} tokens/s, step {run['step_ms']:.1f} ms,"
-            f" last 20 losses {last:.4f}, {run['fp8']} of {run['products']} products in"
-            f" FP8, {run['parameters'] / 1e6:.0f}M parameters"
-        )
+        result["times"][NAMES[kind]] = _train(config, kind, ids)
+        keep(result)
     return result
-
-
-if __name__ == "__main__":
-    import tyro
-
-    train(tyro.cli(TrainConfig))

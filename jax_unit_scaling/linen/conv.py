@@ -19,8 +19,9 @@ class Conv(nn.Conv, ScaledOutput):
     """`flax.linen.Conv` with unit-normal weights, computed by `conv`.
 
     Takes all arguments of its namesake and formats, constraint, batch_axis_name and
-    output_scale as in `Dense`. A `mask` must be known while tracing: the masked weights
-    are divided by its rms, so that the scale does not depend on how many it leaves.
+    output_scale as in `Dense`; native formats are simulated. A `mask` must be known
+    while tracing: the masked weights are divided by its rms, so that the scale does not
+    depend on how many it leaves.
     """
 
     kernel_init: nn.initializers.Initializer = unit_normal

@@ -73,7 +73,8 @@ class MoE(Scaled):
         num_selected: how many a token goes to.
         mult: multiplies the router's logits.
         activation, gated, model_axis_name: as in `MLP`, of every expert.
-        formats, constraint, batch_axis_name and the rest: as in `Dense`.
+        formats: as in `Dense`; native ones are simulated, as in `ragged_dot`.
+        constraint, batch_axis_name and the rest: as in `Dense`.
 
     Of several devices see the NNX one: there is no expert parallelism.
 

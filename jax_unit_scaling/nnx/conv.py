@@ -73,9 +73,9 @@ class Conv(_Conv, nnx.Conv):
     """`flax.nnx.Conv` with unit-normal weights, computed by `conv`.
 
     Takes all arguments of its namesake and formats, constraint, batch_axis_name and
-    output_scale, as in `Linear`. A `mask` must be known when the module is built: the
-    masked weights are divided by its rms, so that the scale does not depend on how many
-    it leaves.
+    output_scale, as in `Linear`; native formats are simulated. A `mask` must be known
+    when the module is built: the masked weights are divided by its rms, so that the
+    scale does not depend on how many it leaves.
     """
 
     @checked

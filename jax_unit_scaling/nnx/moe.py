@@ -97,7 +97,8 @@ class MoE(nnx.Module):
         num_selected: how many a token goes to.
         mult: multiplies the router's logits.
         activation, gated, model_axis_name: as in `MLP`, of every expert.
-        formats, constraint, batch_axis_name and the rest: as in `Linear`.
+        formats: as in `Linear`; native ones are simulated, as in `ragged_dot`.
+        constraint, batch_axis_name and the rest: as in `Linear`.
 
     Every device that has some of the tokens needs all experts, whole or their hidden
     features in pieces (`model_axis_name`). Expert parallelism, whole experts on

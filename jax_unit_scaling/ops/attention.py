@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Integer, Key as KeyArray
 from ..arguments import check_broadcast, check_key
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats, quantize_bwd, quantize_fwd
+from ..fp8 import on_cuda
 from ..moments import softmax_moments
 from ..op import Factors, Integers, Key, Zeros, case, scaled_op
 from ..scale import check_factor
@@ -84,6 +85,7 @@ def _attention_rule(
     length: int | None,
     mult: float,
     dropout_rate: float,
+    precision: Any,
     implementation: str,
     **_: Any,
 ) -> Factors:
@@ -107,11 +109,8 @@ def _attention_rule(
             "`dropout_rate` must be in [0, 1), and above 0 with a `dropout_key`, got "
             f"{dropout_rate} and {dropout_key}."
         )
-    if implementation == "cudnn" and (dropout_rate or query_positions is not None):
-        raise ValueError(
-            '`implementation="cudnn"` has neither dropout nor `query_positions` (nor '
-            'decoding with a cache): use "xla" for them.'
-        )
+    if implementation == "cudnn":
+        _check_cudnn(query, query_positions, dropout_rate, precision)
     if length is None and query_positions is not None:
         length = keys
     if length is not None:
@@ -127,6 +126,31 @@ def _attention_rule(
     kept = (1 - dropout_rate) ** 0.5
     bwd = {name: kept * b * sums.get(name, 1.0) for name, b in ideal.bwd.items()}
     return Factors(kept * ideal.fwd, bwd)
+
+
+def _check_cudnn(
+    query: Any, query_positions: Any, dropout_rate: float, precision: Any
+) -> None:
+    if dropout_rate or query_positions is not None or precision is not None:
+        raise ValueError(
+            '`implementation="cudnn"` has neither dropout, `precision` nor '
+            '`query_positions` (nor decoding with a cache): use "xla" for them.'
+        )
+    if len(query.shape) not in (3, 4):
+        raise ValueError(
+            '`implementation="cudnn"` takes `query`, `key` and `value` with one batch '
+            f"axis or none, got shape {query.shape}: reshape them, or use `jax.vmap`."
+        )
+    if query.dtype not in (jnp.float16, jnp.bfloat16):
+        raise ValueError(
+            '`implementation="cudnn"` computes in float16 and bfloat16, got '
+            f'{query.dtype}: convert `query`, `key` and `value`, or use "xla".'
+        )
+    if not on_cuda():
+        raise ValueError(
+            '`implementation="cudnn"` needs an NVIDIA GPU, got the backend '
+            f'"{jax.default_backend()}": use "xla".'
+        )
 
 
 def _check_shapes(query: Any, key: Any, value: Any) -> None:
@@ -318,8 +342,8 @@ def dot_product_attention(
         dropout_key, dropout_rate, broadcast_dropout: drop attention weights, by one
             draw for all examples and heads or (False) by one for each.
         implementation: "xla", or "cudnn" for NVIDIA's kernel, which keeps no [queries,
-            keys] array: in float16 and bfloat16, without `query_positions`, dropout and
-            `precision`.
+            keys] array: in float16 and bfloat16, with one batch axis or none, without
+            `query_positions`, dropout and `precision`.
         formats: round query, key and value, and the output's cotangent. Native ones
             have no effect: an 8-bit kernel would need scales of its own for the
             attention weights.
@@ -352,11 +376,42 @@ def dot_product_attention(
             local_window_size=local_window_size,
             implementation="cudnn",
         )
-        return (
-            y
-            if formats is None or formats.bwd is None
-            else quantize_bwd(y, formats.bwd)
+    else:
+        y = _attention(
+            query,
+            key,
+            value,
+            mask,
+            bias,
+            query_positions,
+            dropout_key,
+            reach=_reach(is_causal, local_window_size),
+            mult=mult,
+            dropout_rate=dropout_rate,
+            broadcast_dropout=broadcast_dropout,
+            precision=precision,
         )
+    if formats is not None and formats.bwd is not None:
+        y = quantize_bwd(y, formats.bwd)
+    return y
+
+
+def _attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | np.ndarray | None,
+    bias: Array | None,
+    query_positions: Array | None,
+    dropout_key: Array | None,
+    *,
+    reach: tuple[float, float],
+    mult: float,
+    dropout_rate: float,
+    broadcast_dropout: bool,
+    precision: lax.PrecisionLike,
+) -> Array:
+    """Attention without factors, of XLA's own operations."""
     *batch, queries, heads, head_size = query.shape
     keys, kv_heads = key.shape[-3:-1]
     # A group of one gets no axis: its transposes would stay in the compiled program.
@@ -379,7 +434,7 @@ def dot_product_attention(
         logits = logits * (2 * rest)
     if bias is not None:
         logits = logits + bias.astype(wide)
-    before, after = _reach(is_causal, local_window_size)
+    before, after = reach
     seen = [] if mask is None else [jnp.asarray(mask)]
     if min(before, after) < math.inf:
         if query_positions is None:
@@ -397,15 +452,12 @@ def dot_product_attention(
         weights = dropout.fn(
             weights, dropout_key, rate=dropout_rate, broadcast_dims=shared
         )
-    y = jnp.einsum(
+    return jnp.einsum(
         f"...h{g}qk,...khd->...qh{g}d",
         weights.reshape(*batch, kv_heads, *group, queries, keys),
         value,
         precision=precision,
     ).reshape(query.shape)
-    if formats is not None and formats.bwd is not None:
-        y = quantize_bwd(y, formats.bwd)
-    return y
 
 
 def _rotary_rule(x: Any, positions: Any = None, *, base: float) -> Factors:

@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
-from ..arguments import axes_of, check_broadcast
+from ..arguments import axes_of, check_broadcast, check_dimension_numbers
 from ..constraints import Constraint, to_output_scale
 from ..formats import Formats
 from ..fp8 import DotDimensionNumbers, in_formats
@@ -25,27 +25,9 @@ DotGeneral = Callable[..., Array]
 def _dot_general_rule(
     lhs: Any, rhs: Any, dimension_numbers: DotDimensionNumbers, *_: Any, **__: Any
 ) -> Factors:
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
-    for name, x, axes in (
-        ("lhs", lhs, (*lhs_contract, *lhs_batch)),
-        ("rhs", rhs, (*rhs_contract, *rhs_batch)),
-    ):
-        if len({*axes}) < len(axes) or not all(0 <= i < len(x.shape) for i in axes):
-            raise ValueError(
-                f"`dimension_numbers` must name axes of `{name}`, each once, got "
-                f"{dimension_numbers} for shape {x.shape}."
-            )
-    for kind, left, right in (
-        ("contracting", lhs_contract, rhs_contract),
-        ("batch", lhs_batch, rhs_batch),
-    ):
-        sizes = [lhs.shape[i] for i in left], [rhs.shape[i] for i in right]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"`lhs` and `rhs` must agree on the {kind} dimensions, got sizes "
-                f"{sizes[0]} of {lhs.shape} and {sizes[1]} of {rhs.shape}."
-            )
-    shared = {*rhs_contract, *rhs_batch}
+    check_dimension_numbers(lhs, rhs, dimension_numbers)
+    (lhs_contract, rhs_contract), batch = dimension_numbers
+    shared = {*rhs_contract, *batch[1]}
     free = math.prod(n for i, n in enumerate(rhs.shape) if i not in shared)
     terms = math.prod(lhs.shape) * free
     contracted = math.prod(lhs.shape[i] for i in lhs_contract)
@@ -85,7 +67,7 @@ def dot_general(
     With k the contracted, m and n the free sizes of `lhs` and `rhs`, factors: k^-1/2
     forward, n^-1/2 for `lhs`, m^-1/2 for `rhs`. It has lax's signature, so a Flax
     module takes it as it is: `nnx.Linear(..., dot_general=jax_unit_scaling.dot_general,
-    kernel_init=nnx.initializers.normal(1.0))`.
+    kernel_init=nnx.initializers.normal(1.0))`. `formats` as in `linear`.
 
     Reference: Unit Scaling (Blake et al., 2023), table A.2, matmul.
     """
@@ -197,6 +179,9 @@ def linear(
             products are added up over it (`psum`), before the bias.
         out_axis_name: the output's axes, of `kernel` and `bias`.
 
+    `formats` are those of the product, simulated or native: on hardware without 8-bit
+    units native ones give the same, slowly, and a warning says so, once.
+
     So a feed-forward layer's first product has `out_axis_name="model"` and its second
     `in_axis_name="model"`, as in Megatron.
 
@@ -284,7 +269,7 @@ def linear_readout(
     Factors: 1/in forward, so that logits start small at every width and learn at a rate
     independent of it; out^-1/2 for `x`, batch^-1/2 for `kernel` and `bias`.
     Unconstrained by default: sound where every path to the loss leads through it, as
-    after the last residual.
+    after the last residual. `formats` as in `linear`.
 
     Reference: u-muP (Blake et al., 2024), table 2, output weights.
     """
@@ -340,7 +325,7 @@ def matmul(
     """Unit-scaled `jnp.matmul` of two activations, x [..., m, k] and y [..., k, n].
 
     Factors: k^-1/2 forward, n^-1/2 for `x`, m^-1/2 for `y`, each times (extent)^-1/2
-    for the leading axes along which it is broadcast.
+    for the leading axes along which it is broadcast. `formats` as in `linear`.
 
     Reference: Unit Scaling (Blake et al., 2023), table A.2.
     """
@@ -433,6 +418,9 @@ def einsum(
 
     Factors: each of the output, `x` and `y` has (the product of the sizes of the labels
     that it lacks)^-1/2: in "bmk,kn->bmn", k^-1/2, n^-1/2 for `x`, (b m)^-1/2 for `y`.
+
+    `formats` as in `linear`, but native ones are simulated, which a warning says once,
+    where this is not one dot: a label that one operand alone has is summed over first.
     """
     product = ft.partial(
         jnp.einsum,
@@ -486,7 +474,7 @@ def einsum_linear(
 
     `bias` is broadcast to the output; `einsum` computes the plain product. Factors: as
     `einsum`, with `kernel`'s, a parameter's, left out of the constraint; for `bias`
-    (its size / the output's)^1/2.
+    (its size / the output's)^1/2. `formats` as in `einsum`.
     """
     product = given_options(
         ft.partial(einsum, subscripts),
@@ -566,6 +554,9 @@ def ragged_dot(
     The sizes are values and no factor can depend on them, so the last is that of
     balanced groups. It is right for any: a matrix with s rows has a gradient of scale
     (s groups / m)^1/2, whose mean square over the groups is 1.
+
+    `formats` round the operands, and the output's cotangent. Native ones are simulated,
+    which a warning says once: XLA has no 8-bit kernel for it and its gradients.
 
     `jax.vmap` needs a leading axis on all three arrays, as lax does. lax's
     `group_offset` is left out: JAX has not implemented it.

@@ -211,6 +211,9 @@ def conv(
     not 9. So t is counted from the shapes, and the scale is 1 on average over
     positions, whatever the padding, stride and dilation.
 
+    `formats` round the operands, and the output's cotangent. Native ones are simulated,
+    which a warning says once: XLA has no 8-bit kernels for a convolution's gradients.
+
     Reference: Unit Scaling (Blake et al., 2023), table A.2, matmul; the count for
     convolutions is the PyTorch library's conv1d, made exact.
     """
@@ -341,7 +344,8 @@ def conv_transpose(
     `conv_general_dilated` computes the plain convolution.
 
     Factors as `conv`, of the same count: away from the borders
-    (window in / stride)^-1/2 forward and (window out)^-1/2 for `x`.
+    (window in / stride)^-1/2 forward and (window out)^-1/2 for `x`. `formats` as in
+    `conv`.
     """
     windows = _transposed_windows(x, kernel, strides, padding, kernel_dilation)
     rank = len(windows)
