@@ -6,6 +6,7 @@ import functools as ft
 import inspect
 import math
 import numbers
+import operator
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -293,6 +294,21 @@ def _check_value(name: str, value: Any) -> None:
     each = value if _is_sequence(value) else (value,)
     if not all(map(values.fits, each)):
         raise ValueError(f"`{name}` must be {values.expected}, got {value!r}.")
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """An integer, NumPy's too, as Python's.
+
+    Raises:
+        ValueError: if it is none, or not positive.
+    """
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    return number
 
 
 def check_key(name: str, key: Any) -> None:

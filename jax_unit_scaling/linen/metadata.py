@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn, struct
 from flax.core import meta
 
+from ..arguments import positive_integer
 from ..parameters import FIELDS, Role, role_metadata
 
 
@@ -99,8 +100,7 @@ def set_depth(params: Any, depth: int) -> Any:
 
     Reference: u-muP (Blake et al., 2024), table 2.
     """
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise ValueError(f"`depth` must be a positive integer, got {depth!r}.")
+    depth = positive_integer("depth", depth)
 
     def written(x: Any) -> Any:
         if isinstance(x, Parameter):
