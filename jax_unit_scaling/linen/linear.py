@@ -3,6 +3,7 @@
 import dataclasses
 import functools as ft
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -147,6 +148,8 @@ class DenseGeneral(nn.DenseGeneral, SplitOutput):
     a bias of their own, of which the batch is what is left.
     """
 
+    # Its namesake takes an integer as well, whatever it says.
+    batch_dims: int | Sequence[int] = ()  # type: ignore[assignment]
     kernel_init: nn.initializers.Initializer = unit_normal
 
     @nn.compact

@@ -90,7 +90,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         self,
         num_heads: int,
         in_features: int,
-        *sizes: int | None,
+        *sizes: Any,
         kernel_init: nnx.Initializer = unit_normal,
         out_kernel_init: nnx.Initializer | None = None,
         attention_fn: Callable[..., jax.Array] | None = None,
