@@ -425,3 +425,20 @@ def test_dropout_is_drawn_in_training_alone():
     assert _rms(one - still) > 0.1 and _rms(one - two) > 0.1
     draw = nnx.jit(lambda model, x: model(x, deterministic=False, rngs=nnx.Rngs(7)))
     np.testing.assert_array_equal(draw(model, x), draw(model, x))
+
+
+def test_remat_draws_the_same_dropout_from_keys_of_the_call():
+    attention = ft.partial(jus.nnx.MultiHeadAttention, dropout_rate=0.5)
+    options = {"dropout_rate": 0.2, "attention": attention}
+
+    # Of the input alone: `jax.grad` around `nnx.remat` is refused by Flax where there
+    # are random counts, and `nnx.grad` takes other arguments in either mode.
+    def loss(x, model, rngs):
+        return jnp.sum(jnp.sin(model(x, deterministic=False, rngs=rngs)))
+
+    def run(remat):
+        step = nnx.jit(nnx.value_and_grad(loss))
+        return step(_normal(0, 2, 8, 32), _stack(remat=remat, **options), nnx.Rngs(7))
+
+    for a, b in zip(run(False), run(True), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -419,16 +419,22 @@ class TransformerStack(nnx.Module):
             for i in range(depth)
         )
 
-    def __call__(self, inputs: jax.Array, **call: Any) -> jax.Array:
-        """`call` are the keyword arguments of each block."""
+    def __call__(
+        self, inputs: jax.Array, *, rngs: nnx.Rngs | None = None, **call: Any
+    ) -> jax.Array:
+        """`rngs` and `call` are the keyword arguments of each block."""
 
-        def apply(block: TransformerBlock, x: jax.Array) -> jax.Array:
-            return block(x, **call)
+        # `rngs` is an argument: they count what is drawn, which `nnx.remat` refuses to
+        # see changed from outside of its trace.
+        def apply(
+            block: TransformerBlock, x: jax.Array, rngs: nnx.Rngs | None
+        ) -> jax.Array:
+            return block(x, rngs=rngs, **call)
 
         apply = nnx.remat(apply) if self.remat else apply
         x = inputs
         for block in self.blocks:
-            x = apply(block, x)
+            x = apply(block, x, rngs)
         return x
 
     def init_cache(
