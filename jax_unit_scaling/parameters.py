@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools as ft
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -111,7 +112,10 @@ def _is_box(x: Any) -> bool:
 
 
 def _fields(leaf: Any) -> dict[str, Any]:
-    found = {name: getattr(leaf, name, None) for name in FIELDS}
+    # The box that `flax.nnx.bridge.ToLinen` puts around a parameter has one mapping.
+    about = getattr(leaf, "metadata", None)
+    get = about.get if isinstance(about, Mapping) else ft.partial(getattr, leaf)
+    found = {name: get(name, None) for name in FIELDS}
     return {name: value for name, value in found.items() if value is not None}
 
 
