@@ -80,6 +80,16 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         constraint, batch_axis_name: as in `Linear`.
         model_axis_name: axes over which the heads are split, inside `shard_map`.
 
+    Values' weights average out over a sequence; their bias (`use_bias`, as in Flax, is
+    True) does not, as it is the same at every key. With attention's factor f =
+    `dot_product_attention.factors(...).fwd`, about length^1/2 / 1.6 for long sequences
+    that see all keys, it adds f bias to attention's output, and its gradient has the
+    rms f (num_heads / num_kv_heads)^1/2, where all others start at 1 or below. Adam's
+    updates do not see it; for SGD, or lengths of many thousands, pass `use_bias=False`,
+    as `TransformerBlock` does. No factor of the bias alone would change the forward
+    part, and f belongs to a call (its lengths, mask), not to a layer. The key's bias
+    has no gradient: softmax does not see it.
+
     Decoding takes any number of tokens at a time, a whole prompt as well as one token:
     the output does not depend on how a sequence is cut. It is that of the whole
     sequence with `is_causal`, if `length` is given or the cache is as long as that.
