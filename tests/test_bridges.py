@@ -1,5 +1,7 @@
-"""Flax's bridges between its two families keep values, roles and u-muP's rates."""
+"""What plain Flax hands over, its bridges between families and its checkpoints, keeps
+values, roles and u-muP's rates."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,3 +79,26 @@ def test_an_nnx_module_runs_in_linen_with_its_roles():
     )
     updates, _ = frozen.update(params, frozen.init(params), params)
     assert np.any(nn.unbox(updates)["kernel"]) == 0
+
+
+class _Model(nn.Module):
+    """The same names of parameters, made of Flax's layers or of ours."""
+
+    layers: object
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.layers.LayerNorm()(self.layers.Dense(16)(x))
+        return self.layers.MultiHeadDotProductAttention(num_heads=2)(x, x)
+
+
+def test_a_checkpoint_of_plain_linen_goes_into_the_boxes():
+    key, x = jax.random.key(1), X[None]
+    model, plain_variables = _Model(jus.linen), _Model(nn).init(key, x)
+    params = flax.core.meta.replace_boxed(model.init(key, x), plain_variables)
+    for a, b in zip(*map(jax.tree.leaves, (params, plain_variables)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert model.apply(params, x).shape == (1, 4, 16)
+    roles = {row.path: row.role for row in jus.optim.report(params["params"], 1.0)}
+    assert roles["Dense_0/kernel"] == "weight" and roles["LayerNorm_0/scale"] == "norm"
+    assert len(roles) == 12
