@@ -6,6 +6,7 @@ import functools as ft
 import inspect
 import math
 import numbers
+import operator
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ class Check:
     many: bool = False
 
     def __call__(self, value: Any) -> Any:
-        """The value, if it fits; of a NumPy number the Python one, which promotes none.
+        """The value, if it fits; NumPy's numbers as Python's, which promote none.
 
         Raises:
             TypeError: if it is not what the signature says, by the argument's name.
@@ -55,6 +56,8 @@ class Check:
             return tuple(map(one, value))
         if value is self.default:
             return value
+        if not self.is_array:
+            value = _plain(value)
         if self.is_array and hasattr(value, "shape") and hasattr(value, "dtype"):
             if self.is_floating:
                 check_floating(self.name, value.dtype)
@@ -69,26 +72,41 @@ class Check:
                 f"`{self.name}` must be finite, got {value}: pass a finite number."
             )
         _check_value(self.name, value)
-        plain = isinstance(value, np.generic) and not self.is_array
-        return value.item() if plain else value
+        return value
 
 
-def checked(f: F, but: Sequence[str] = ()) -> F:
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, and arrays and sequences of them, as Python's and tuples."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+        return tuple(map(_plain, value)) if value.ndim else value.item()
+    if type(value) in (tuple, list):
+        items = [_plain(v) for v in value]
+        if any(a is not b for a, b in zip(items, value, strict=True)):
+            return type(value)(items)
+    return value
+
+
+def checked(f: F, but: Sequence[str] = (), **wider: Any) -> F:
     """`f`, whose arguments, `but` for some, are first checked against its annotations.
 
-    What it hands on as `**more` is checked where it arrives: of a module's constructor
-    by `checked(super().__init__)(...)`, whose annotations are its namesake's.
+    `wider` are annotations in place of `f`'s, where it takes more than they say. What
+    it hands on as `**more` is checked where it arrives: of a module's constructor by
+    `checked(super().__init__)(...)`, whose annotations are its namesake's.
     """
     signature = inspect.signature(f, eval_str=True)
+    signature = signature.replace(
+        parameters=[
+            p.replace(annotation=wider.get(name, p.annotation))
+            for name, p in signature.parameters.items()
+        ]
+    )
     checks = checks_of(signature, but)
 
     @ft.wraps(f)
     def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as e:
-            said = str(e).replace("'", "`")
-            raise TypeError(f"{f.__qualname__}{_brief(signature)}: {said}.") from None
+        bound = bind(f.__qualname__, signature, *args, **kwargs)
         for check in checks:
             if check.name in bound.arguments:
                 bound.arguments[check.name] = check(bound.arguments[check.name])
@@ -97,20 +115,49 @@ def checked(f: F, but: Sequence[str] = ()) -> F:
     return cast(F, call)
 
 
+def bind(
+    function: str, signature: inspect.Signature, /, *args: Any, **kwargs: Any
+) -> inspect.BoundArguments:
+    """The arguments by name.
+
+    Raises:
+        TypeError: if they do not fit, with the names that the function takes.
+    """
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as e:
+        said = str(e).replace("'", "`")
+        raise TypeError(f"{function}{_brief(signature)}: {said}.") from None
+
+
 def _brief(signature: inspect.Signature) -> inspect.Signature:
-    """Without its annotations, which would hide the names of a constructor's."""
+    """Without its annotations, which would hide the names, and functions' addresses."""
     plain = [
-        p.replace(annotation=inspect.Parameter.empty)
+        p.replace(
+            annotation=inspect.Parameter.empty,
+            default=_Name(p.default.__name__)
+            if inspect.isfunction(p.default)
+            else p.default,
+        )
         for p in signature.parameters.values()
     ]
     return inspect.Signature(plain)
 
 
+class _Name(str):
+    __repr__ = str.__str__
+
+
 def check_fields(instance: Any) -> None:
-    """Checks the fields of a dataclass against its annotations, its bases' too."""
+    """Checks the fields of a dataclass against its annotations, its bases' too.
+
+    NumPy's numbers become Python's.
+    """
     kind: Any = type(instance)
     for check in _field_checks(kind):
-        check(getattr(instance, check.name, check.default))
+        value = getattr(instance, check.name, check.default)
+        if (plain := check(value)) is not value:
+            object.__setattr__(instance, check.name, plain)  # of a frozen dataclass
 
 
 @ft.lru_cache(maxsize=256)  # `nn.remat` and the like make classes without end
@@ -253,6 +300,7 @@ _COUNT = _Values("1 or more", lambda n: n >= 1)
 _SIZE = _Values("0 or more", lambda n: n >= 0)
 _SHARE = _Values("from 0 to 1", lambda x: 0 <= x <= 1)
 _FACTOR = _Values("finite and positive", lambda x: 0 < x < math.inf)
+_UNROLL = _Values("1 or more, True or False", lambda n: isinstance(n, bool) or n >= 1)
 _FUNCTION = _Values("a function", callable)
 _DTYPE = _Values("None or a floating-point dtype", _is_floating)
 
@@ -266,8 +314,9 @@ _VALUES: dict[str, _Values] = {
             _COUNT,
             "num_heads num_kv_heads num_groups group_size num_experts num_selected "
             "num_embeddings kernel_size feature_group_count depth lora_rank tied "
-            "length unroll",
+            "length",
         ),
+        (_UNROLL, "unroll"),
         (
             _SIZE,
             "features in_features out_features hidden_features num_features "
@@ -293,6 +342,21 @@ def _check_value(name: str, value: Any) -> None:
     each = value if _is_sequence(value) else (value,)
     if not all(map(values.fits, each)):
         raise ValueError(f"`{name}` must be {values.expected}, got {value!r}.")
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """An integer, NumPy's too, as Python's.
+
+    Raises:
+        ValueError: if it is none, or not positive.
+    """
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    return number
 
 
 def check_key(name: str, key: Any) -> None:

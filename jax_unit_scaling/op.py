@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .arguments import Check, checks_of
+from .arguments import Check, bind, checks_of
 from .constraints import Constraint, apply_constraint
 from .formats import ScaledFormats
 from .scale import scaled
@@ -211,10 +211,7 @@ class Op(Generic[P, R]):
         self, *args: P.args, **kwargs: P.kwargs
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The arguments before the `*` by name, and the options behind it."""
-        try:
-            bound = self._signature.bind(*args, **kwargs)
-        except TypeError as e:
-            raise TypeError(f"{self.__name__}{self._signature}: {e}.") from None
+        bound = bind(self.__name__, self._signature, *args, **kwargs)
         bound.apply_defaults()
         names = [p for p in self._signature.parameters][: len(bound.args)]
         arguments = dict(zip(names, bound.args, strict=True))

@@ -62,8 +62,9 @@ from typing import Any
 import jax
 import optax
 from jax import lax
+from jax.typing import ArrayLike
 
-from .arguments import checked
+from .arguments import checked, positive_integer
 from .constraints import Constraint, apply_constraint
 from .op import AxisName, check_bound, sums_cotangents
 from .parameters import (
@@ -73,7 +74,7 @@ from .parameters import (
 )
 
 Rule = Callable[[ParameterInfo], float]
-LearningRate = float | Callable[[Any], Any]
+LearningRate = float | jax.Array | Callable[[Any], Any]
 
 
 def adam_rule(info: ParameterInfo) -> float:
@@ -203,32 +204,42 @@ def scale_by_umup(
     return _informed(lambda infos: _scaled_by(rule, infos), overrides)
 
 
+# The arguments of optax in its order, and behind them ours. They are written out, as
+# `optax.inject_hyperparams` binds a call to the signature.
+
+
 def adam(
     learning_rate: LearningRate,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: Any = None,
     *,
+    nesterov: bool = False,
     overrides: Overrides | None = None,
-    **more: Any,
 ) -> optax.GradientTransformation:
     """`optax.adam` with u-muP's learning rates. A first `learning_rate` to try: 1."""
     return _chain(
-        optax.scale_by_adam(b1, b2, eps, **more), learning_rate, overrides=overrides
+        optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
+        learning_rate,
+        overrides=overrides,
     )
 
 
 def adamw(
     learning_rate: LearningRate,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: Any = None,
     weight_decay: LearningRate = 1e-4,
     mask: Any = None,
+    *,
+    nesterov: bool = False,
     independent_weight_decay: bool = True,
     overrides: Overrides | None = None,
-    **more: Any,
 ) -> optax.GradientTransformation:
     """`optax.adamw` with u-muP's learning rates and independent weight decay.
 
@@ -241,7 +252,7 @@ def adamw(
     Reference: u-muP (Blake et al., 2024), section 3 and figure 2.
     """
     return _chain(
-        optax.scale_by_adam(b1, b2, eps, **more),
+        optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
         learning_rate,
         overrides=overrides,
         decay=(weight_decay, mask, independent_weight_decay),
@@ -250,23 +261,24 @@ def adamw(
 
 def lion(
     learning_rate: LearningRate,
-    b1: float = 0.9,
-    b2: float = 0.99,
-    *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.99,
+    mu_dtype: Any = None,
     weight_decay: LearningRate = 0.0,
     mask: Any = None,
+    *,
     independent_weight_decay: bool = True,
     overrides: Overrides | None = None,
-    **more: Any,
 ) -> optax.GradientTransformation:
     """`optax.lion` with u-muP's learning rates, which are Adam's: a sign has scale one.
 
-    Weight decay is independent, as in `adamw`, and none by default.
+    Weight decay is independent, as in `adamw`, and none by default (optax's is 1e-3
+    times the learning rate).
 
     Reference: munit Scaling (Narayan et al., 2025), which trains with it.
     """
     return _chain(
-        optax.scale_by_lion(b1, b2, **more),
+        optax.scale_by_lion(b1, b2, mu_dtype),
         learning_rate,
         overrides=overrides,
         decay=(weight_decay, mask, independent_weight_decay),
@@ -275,10 +287,10 @@ def lion(
 
 def sgd(
     learning_rate: LearningRate,
-    momentum: float | None = None,
+    momentum: ArrayLike | None = None,
     nesterov: bool = False,
-    *,
     accumulator_dtype: Any = None,
+    *,
     readout_constraint: Constraint | None = None,
     overrides: Overrides | None = None,
 ) -> optax.GradientTransformation:
@@ -321,16 +333,22 @@ def sgd(
 
 def muon(
     learning_rate: LearningRate,
-    beta: float = 0.95,
     *,
-    adam_b1: float = 0.9,
-    adam_b2: float = 0.999,
-    adam_eps: float = 1e-8,
+    ns_coeffs: Any = (3.4445, -4.775, 2.0315),
+    ns_steps: ArrayLike = 5,
+    beta: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    mu_dtype: Any = None,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: str = "frobenius",
+    adam_b1: ArrayLike = 0.9,
+    adam_b2: ArrayLike = 0.999,
+    adam_eps: ArrayLike = 1e-8,
     weight_decay: LearningRate = 0.0,
     mask: Any = None,
     independent_weight_decay: bool = True,
     overrides: Overrides | None = None,
-    **more: Any,
 ) -> optax.GradientTransformation:
     """`optax.contrib.muon` for hidden weights, Adam for all others, at u-muP's rates.
 
@@ -359,7 +377,15 @@ def muon(
         return optax.partition(
             {
                 True: optax.contrib.scale_by_muon(
-                    beta=beta, weight_dimension_numbers=matrices, **more
+                    ns_coeffs,
+                    ns_steps,
+                    beta,
+                    eps,
+                    mu_dtype,
+                    nesterov=nesterov,
+                    adaptive=adaptive,
+                    preconditioning=preconditioning,
+                    weight_dimension_numbers=matrices,
                 ),
                 False: optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
             },
@@ -407,8 +433,7 @@ def multi_steps(
     Raises:
         ValueError: if `every` is not a positive integer.
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"`every` must be a positive integer, got {every!r}.")
+    every = positive_integer("every", every)
     inner = optax.chain(optax.scale(every**-0.5), optimiser)
     steps = optax.MultiSteps(inner, every, use_grad_mean=False)
     return steps.gradient_transformation()

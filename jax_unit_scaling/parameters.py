@@ -2,10 +2,13 @@
 
 import dataclasses
 import fnmatch
+import functools as ft
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
+
+from .arguments import positive_integer
 
 Role = Literal["weight", "bias", "norm", "output"]
 Overrides = Mapping[str, Mapping[str, Any]]
@@ -45,10 +48,8 @@ class ParameterInfo:
             raise ValueError("`fan_in` must be given for a weight, got None.")
         for name in ("fan_in", "fan_out", "depth"):
             value = getattr(self, name)
-            if name != "depth" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+            if name == "depth" or value is not None:
+                object.__setattr__(self, name, positive_integer(name, value))
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(ParameterInfo))
@@ -69,7 +70,9 @@ def named_parameters(
 
     A record is read from the attributes of the box that holds a parameter (of an
     `nnx.Param` its metadata) and then from `overrides`: a mapping from path pattern
-    ("blocks/*/mlp/*/kernel") to fields of `ParameterInfo`, later patterns on top.
+    ("blocks/*/mlp/*/kernel") to fields of `ParameterInfo`, later patterns on top. Where
+    optax has left a parameter to another optimiser (`optax.partition`, `optax.masked`)
+    its box is empty: a pattern may name it, but it is not listed.
 
     Raises:
         ValueError: if a parameter has no role, or a pattern matches no path.
@@ -93,16 +96,26 @@ def named_parameters(
             )
         for path in matched:
             abouts[path].update(fields)
-    return {path: (leaf, _info(path, abouts[path])) for path, leaf in found.items()}
+    return {
+        path: (leaf, _info(path, abouts[path]))
+        for path, leaf in found.items()
+        if jax.tree.leaves(leaf)
+    }
 
 
 def _is_box(x: Any) -> bool:
-    # The others are how an `nnx.Param` and a box of Linen are known without a role.
-    return any(hasattr(x, name) for name in ("role", "get_metadata", "unbox"))
+    # optax writes an empty tuple, its `MaskedNode`, in a parameter's place. The others
+    # are how an `nnx.Param` and a box of Linen are known without a role.
+    return (isinstance(x, tuple) and not x) or any(
+        hasattr(x, name) for name in ("role", "get_metadata", "unbox")
+    )
 
 
 def _fields(leaf: Any) -> dict[str, Any]:
-    found = {name: getattr(leaf, name, None) for name in FIELDS}
+    # The box that `flax.nnx.bridge.ToLinen` puts around a parameter has one mapping.
+    about = getattr(leaf, "metadata", None)
+    get = about.get if isinstance(about, Mapping) else ft.partial(getattr, leaf)
+    found = {name: get(name, None) for name in FIELDS}
     return {name: value for name, value in found.items() if value is not None}
 
 

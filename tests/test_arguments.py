@@ -252,3 +252,125 @@ def test_each_wrong_argument_is_refused_by_name(family, name):
             else:
                 failed.append(f"{option}={wrong!r} is accepted")
     assert not failed, "\n".join(failed)
+
+
+# -- What Flax takes, whatever its annotations say -------------------------------------
+
+IMAGE, TEXT = jnp.ones((2, 6, 7, 4)), jnp.ones((2, 5, 4))
+DIAGONAL = "bik,kjj->bij"
+
+
+def _in_nnx(make):
+    return lambda home, x: make(home, nnx.Rngs(0))(x)
+
+
+def _in_linen(make):
+    return lambda home, x: make(home).init_with_output(jax.random.key(0), x)[0]
+
+
+# Each of a home, which is Flax's or ours, and an input.
+TAKEN = {
+    "nnx kernel_size": (
+        _in_nnx(lambda m, r: m.Conv(4, 4, np.array([3, 2]), rngs=r)),
+        IMAGE,
+    ),
+    "linen kernel_size": (_in_linen(lambda m: m.Conv(4, np.array([3, 2]))), IMAGE),
+    "nnx sizes": (
+        _in_nnx(lambda m, r: m.LinearGeneral(4, (np.int64(3), np.int32(2)), rngs=r)),
+        TEXT,
+    ),
+    "nnx out_features": (
+        _in_nnx(lambda m, r: m.LinearGeneral(4, np.array([3, 2]), rngs=r)),
+        TEXT,
+    ),
+    "linen features": (_in_linen(lambda m: m.DenseGeneral(np.array([3, 2]))), TEXT),
+    "linen axis": (_in_linen(lambda m: m.DenseGeneral(3, axis=np.int64(-1))), TEXT),
+    "linen batch_dims": (_in_linen(lambda m: m.DenseGeneral(3, batch_dims=0)), TEXT),
+    "nnx kernel_shape": (
+        _in_nnx(lambda m, r: m.Einsum("bik,kj->bij", np.array([4, 3]), rngs=r)),
+        TEXT,
+    ),
+    "nnx diagonal": (
+        _in_nnx(lambda m, r: m.Einsum(DIAGONAL, (4, 3, 3), rngs=r)),
+        TEXT,
+    ),
+    "linen diagonal": (
+        _in_linen(lambda m: m.Einsum((4, 3, 3), DIAGONAL, use_bias=False)),
+        TEXT,
+    ),
+    "nnx reduction_axes": (
+        _in_nnx(lambda m, r: m.LayerNorm(4, reduction_axes=np.array([-1]), rngs=r)),
+        TEXT,
+    ),
+    "linen reduction_axes": (
+        _in_linen(lambda m: m.LayerNorm(reduction_axes=np.array([-2, -1]))),
+        TEXT,
+    ),
+    "nnx unroll": (
+        _in_nnx(lambda m, r: m.RNN(m.GRUCell(4, 3, rngs=r), unroll=True)),
+        TEXT,
+    ),
+    "linen unroll": (_in_linen(lambda m: m.RNN(m.GRUCell(3), unroll=False)), TEXT),
+    "linen strides": (
+        _in_linen(lambda m: m.ConvTranspose(3, (3, 3), 2, kernel_dilation=2)),
+        IMAGE,
+    ),
+    "nnx padding": (
+        _in_nnx(lambda m, r: m.Conv(4, 3, (2, 2), padding="same_lower", rngs=r)),
+        IMAGE,
+    ),
+    "linen padding": (
+        _in_linen(lambda m: m.ConvTranspose(3, (2, 2), padding="valid")),
+        IMAGE,
+    ),
+}
+
+
+@pytest.mark.parametrize("call, x", TAKEN.values(), ids=TAKEN)
+def test_what_flax_takes_is_taken(call, x):
+    flax, ours = (nnx, N) if call.__qualname__.startswith("_in_nnx") else (nn, L)
+    want = jax.eval_shape(lambda: call(flax, x))
+    assert jax.eval_shape(lambda: call(ours, x)) == want
+
+
+@pytest.mark.parametrize("family, name", MODULES)
+def test_numpys_integers_are_sizes(family, name, monkeypatch):
+    """Those of any module, alone or in a tuple; `monkeypatch` puts its sizes back."""
+    for key, size in SIZES.items():
+        if isinstance(size, tuple):
+            monkeypatch.setitem(SIZES, key, tuple(map(np.int64, size)))
+        elif isinstance(size, int):
+            monkeypatch.setitem(SIZES, key, np.int32(size))
+    jax.eval_shape(lambda: FAMILIES[family][2](name))
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda: N.LayerNorm("8", rngs=nnx.Rngs(0)), "`num_features`"),
+        (lambda: N.RMSNorm(8.0, rngs=nnx.Rngs(0)), "`num_features`"),
+        (lambda: N.MultiHeadAttention(2, 8, "8", rngs=nnx.Rngs(0)), "`qkv_features`"),
+        (
+            lambda: N.MultiHeadAttention(2, 8, 8, 8.5, rngs=nnx.Rngs(0)),
+            "`out_features`",
+        ),
+    ],
+)
+def test_a_positional_size_is_refused_by_its_name(make, match):
+    with pytest.raises(TypeError, match=match):
+        make()
+
+
+@pytest.mark.parametrize("depth", [0, True, 1.5, "2"])
+def test_depth_is_a_positive_integer_of_python_or_numpy(depth):
+    layer = N.Linear(4, 4, rngs=nnx.Rngs(0))
+    N.set_depth(layer, np.int64(6))
+    assert jus.optim.report(nnx.state(layer), 1.0)[0].depth == 6
+    boxed = L.set_depth({"w": jnp.ones(3)}, np.int64(6))
+    assert type(boxed["w"].depth) is int
+    for write in (lambda: N.set_depth(layer, depth), lambda: L.set_depth({}, depth)):
+        with pytest.raises(ValueError, match="`depth` must be a positive integer"):
+            write()
+    info = jus.optim.ParameterInfo("weight", np.int64(8), depth=np.int32(2))
+    assert info == jus.optim.ParameterInfo("weight", 8, depth=2)
+    jus.optim.multi_steps(jus.optim.sgd(1.0), np.int64(2))

@@ -425,3 +425,49 @@ def test_dropout_is_drawn_in_training_alone():
     assert _rms(one - still) > 0.1 and _rms(one - two) > 0.1
     draw = nnx.jit(lambda model, x: model(x, deterministic=False, rngs=nnx.Rngs(7)))
     np.testing.assert_array_equal(draw(model, x), draw(model, x))
+
+
+def test_remat_draws_the_same_dropout_from_keys_of_the_call():
+    attention = ft.partial(jus.nnx.MultiHeadAttention, dropout_rate=0.5)
+    options = {"dropout_rate": 0.2, "attention": attention}
+
+    # Of the input alone: `jax.grad` around `nnx.remat` is refused by Flax where there
+    # are random counts, and `nnx.grad` takes other arguments in either mode.
+    def loss(x, model, rngs):
+        return jnp.sum(jnp.sin(model(x, deterministic=False, rngs=rngs)))
+
+    def run(remat):
+        step = nnx.jit(nnx.value_and_grad(loss))
+        return step(_normal(0, 2, 8, 32), _stack(remat=remat, **options), nnx.Rngs(7))
+
+    for a, b in zip(run(False), run(True), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("length, kv_heads", [(16, 4), (128, 4), (128, 2)])
+def test_a_values_bias_meets_attentions_factor(length, kv_heads, is_causal):
+    """Its gradient is f times a sum of the output's cotangent, over a group of heads,
+    whatever the weights: they add up to 1 for each query."""
+    layer = jus.nnx.MultiHeadAttention(
+        4, 256, num_kv_heads=kv_heads, decode=False, rngs=nnx.Rngs(0)
+    )
+    x, g = (
+        _normal(1, 2048 // length, length, 256),
+        _normal(2, 2048 // length, length, 256),
+    )
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    @jax.jit
+    def gradients(params):
+        call = lambda p: nnx.merge(graph, p, rest)(x, is_causal=is_causal)
+        return jax.vjp(call, params)[1](g)[0]
+
+    grads = gradients(params)
+    q, k = (jax.ShapeDtypeStruct((1, length, n, 64), x.dtype) for n in (4, kv_heads))
+    f = jus.dot_product_attention.factors(q, k, k, is_causal=is_causal).fwd
+    # Of n = 64 kv_heads numbers: 4 / sqrt(2 n), relative, is 0.25 and 0.18.
+    want = f * (4 / kv_heads) ** 0.5
+    found = _rms(grads["value"]["bias"][...])
+    np.testing.assert_allclose(found, want, rtol=4 / (128 * kv_heads) ** 0.5)
+    assert _rms(grads["key"]["bias"][...]) < 1e-3

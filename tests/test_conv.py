@@ -37,6 +37,8 @@ def _layers(draw, name):
         "kernel_dilation": draw(each(1, 2)),
     }
     named = ["SAME", "VALID", "CIRCULAR"]
+    if name == "Conv" or options["strides"] == rank * (1,):
+        named += ["SAME_LOWER", "same", "valid"]
     explicit = st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * rank)
     groups = 1
     if name == "Conv":
@@ -47,7 +49,9 @@ def _layers(draw, name):
     options["padding"] = draw(st.sampled_from(named) | explicit | st.integers(2, 3))
     if name == "Conv" and not isinstance(options["padding"], str):
         options["input_dilation"] = draw(each(1, 3))
-    if options["padding"] == "VALID" or not isinstance(options["padding"], str):
+    if options["padding"] in ("VALID", "valid") or not isinstance(
+        options["padding"], str
+    ):
         # so that there is an output
         reach = np.multiply(options["kernel_dilation"], np.subtract(window, 1))
         sizes = tuple((sizes + reach).tolist())
@@ -89,6 +93,12 @@ def test_factors_count_the_products_and_the_layer_is_its_namesake_times_one(name
     sizes = [y.size, x.size, np.prod(kernel), 4 * terms / y.size]
     np.testing.assert_allclose(found, np.sqrt(np.divide(sizes, terms)), rtol=1e-6)
     np.testing.assert_allclose(unit(x), factors.fwd * y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stride_has_no_lower_padding_in_a_transposed_convolution():
+    with pytest.raises(ValueError, match="`padding` 'SAME_LOWER' needs `strides` of 1"):
+        x, kernel = jnp.ones((4, 9, 8)), jnp.ones((3, 8, 8))
+        jus.conv_transpose(x, kernel, strides=2, padding="SAME_LOWER")
 
 
 # 1/sqrt(pi) for two, 3/2 that for three; E[max^2] = 1 + sqrt(3) / (2 pi) for three.

@@ -326,3 +326,28 @@ BAD = {
 def test_what_cannot_be_converted_is_refused_by_its_place(make, match):
     with pytest.raises(ValueError, match=match):
         jus.nnx.convert(make())
+
+
+def test_traced_weights_are_refused():
+    graph, params = nnx.split(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+
+    @jax.jit
+    def converted(params):
+        return jus.nnx.convert(nnx.merge(graph, params))(jnp.ones((2, 8)))
+
+    with pytest.raises(TypeError, match="`module` must hold .* outside of `jit`"):
+        converted(params)
+
+
+def test_a_model_built_from_numpys_integers_is_converted():
+    two, three, eight = np.int64(2), np.int32(3), np.int16(8)
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Conv(three, eight, (three, three), strides=(two, two), rngs=rngs),
+        nnx.LinearGeneral(eight, (two, three), axis=np.int64(-1), rngs=rngs),
+        nnx.LinearGeneral((two, three), eight, axis=(-two, -1), rngs=rngs),
+        nnx.LayerNorm(eight, rngs=rngs),
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+    unit = jus.nnx.convert(model, tied=eight)
+    np.testing.assert_allclose(unit(x), model(x), rtol=1e-4, atol=1e-5)

@@ -10,7 +10,9 @@ def test_a_small_network_trains_in_simulated_fp8_as_in_float32(capsys):
     table = capsys.readouterr().out
     assert all(f"{name} " in table and len(a) == 1 for name, a in found.items())
     ((exact,), (fp8,)) = (found[f"unit, {p}"] for p in ("float32", "simulated FP8"))
-    # So few weights and steps lose 1% (mean of three seeds); the experiment's do not.
+    # So few weights and steps lose 0.9 points (mean of four seeds); the experiment's do
+    # not. The two networks disagree on d = 2% to 4% of the 450 images, so one run's gap
+    # has the standard error (d / 450)^1/2, up to 0.94 points: one is allowed on top.
     assert exact > 0.9 and fp8 > exact - 0.02
 
 

@@ -366,6 +366,28 @@ WRONG = {
     "one operand": (lambda: jus.einsum("ij->i", X, X), ValueError, "two operands"),
     "add": (lambda: jus.add(X, KERNEL), ValueError, "must be broadcastable"),
     "multiply": (lambda: jus.multiply(X, KERNEL), ValueError, "must be broadcastable"),
+    "numbers": (
+        lambda: jus.add(1.0, 2.0),
+        TypeError,
+        "`x` or `y` must be an array, got 1.0 and 2.0",
+    ),
+    "missing": (
+        lambda: jus.multiply(X),
+        TypeError,
+        r"multiply\(x, y, \*, constraint=to_output_scale\): missing a required "
+        "argument: `y`",
+    ),
+    "keyword": (
+        lambda: jus.softmax(X, axes=1),
+        TypeError,
+        r"softmax\(x, .*axis=-1.*\): got an unexpected keyword argument `axes`",
+    ),
+    "paddings": (
+        lambda: jus.conv(X, X[..., None], padding="EXACT"),
+        ValueError,
+        '`padding` must be "SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", '
+        "\"CAUSAL\", an integer, .* for each of 1 spatial axes, got 'EXACT'",
+    ),
     "number": (lambda: jus.multiply(X, 2.0), TypeError, "`y` must be an array, got 2"),
     "sum axis": (lambda: jus.sum(X, axis=2), ValueError, "`axis` must name axes of"),
     "mean axis": (lambda: jus.mean(X, axis=(0, 0)), ValueError, "`axis` must name"),
@@ -497,7 +519,7 @@ WRONG = {
     "padding": (
         lambda: jus.conv_transpose(X, jnp.ones((3, 8, 4)), padding="REFLECT"),
         ValueError,
-        "`padding` must be one of.*got 'REFLECT'",
+        '`padding` must be "SAME".*"CIRCULAR", an integer.*got \'REFLECT\'',
     ),
     "pairs": (
         lambda: jus.conv(X, jnp.ones((3, 8, 4)), padding=((1, 2), (3, 4))),
@@ -507,7 +529,7 @@ WRONG = {
     "dilated": (
         lambda: jus.conv(X, jnp.ones((3, 8, 4)), input_dilation=2),
         ValueError,
-        'padding` "SAME" has no meaning',
+        "padding` 'SAME' has no meaning",
     ),
     "strides": (
         lambda: jus.conv(X, jnp.ones((3, 8, 4)), strides=0),
@@ -635,6 +657,29 @@ WRONG = {
 def test_bad_input_gets_an_error_that_names_it(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_the_sum_of_two_single_numbers_has_unit_scale():
+    one, many = jnp.ones((1, 1)), jnp.ones((3, 4))
+    assert jus.add.factors(one, one).fwd == 2**-0.5
+    assert jus.add.factors(one, many).fwd == jus.add.factors(many, 2.0).fwd == 1
+
+
+def test_an_einsum_that_reads_a_diagonal_scales_the_diagonal():
+    x, kernel, g = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate(((64, 96, 32), (32, 48, 48), (64, 96, 48)))
+    )
+    free = jus.einsum_linear.constrained(None)
+    y, vjp = jax.vjp(lambda x, k: free("bik,kjj->bij", x, k), x, kernel)
+    dx, dkernel = vjp(g)
+    plain = jnp.einsum("bik,kjj->bij", x, kernel)
+    np.testing.assert_allclose(y, plain / 32**0.5, rtol=1e-4, atol=1e-5)
+    read = np.einsum("kjj->kj", dkernel)
+    # A product is known no better than its smallest factor: 4 / sqrt(2 32 48).
+    for tensor in (y, dx, read):
+        np.testing.assert_allclose(np.std(tensor), 1, atol=0.08)
+    assert np.count_nonzero(dkernel) == read.size
 
 
 def test_an_operation_under_another_constraint_is_an_operation():

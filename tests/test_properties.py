@@ -169,7 +169,7 @@ def _pool(draw, average=False):
     rank = draw(st.integers(1, 2))
     each = lambda low, high: draw(st.tuples(*rank * [st.integers(low, high)]))
     options = {"window_shape": each(1, 3), "strides": each(1, 3)}
-    options["padding"] = draw(st.sampled_from(["SAME", "VALID"]))
+    options["padding"] = draw(st.sampled_from(["SAME", "VALID", "SAME_LOWER", "same"]))
     if average:
         options["count_include_pad"] = draw(st.booleans())
     return ((*draw(BATCH), *each(3, 5), draw(SIZE)),), options

@@ -259,7 +259,8 @@ def _train(text, steps, seeds, **options):
 @pytest.mark.slow
 def test_an_lstm_trains_in_simulated_fp8_as_in_float32(close_to_float32):
     text = inspect.getsource(textwrap)
-    exact = _train(text, 300, 3)
+    exact = _train(text, 300, 10)
     assert exact.max() < 2.0  # of 4.2 to begin with: they have learnt
-    fp8 = _train(text, 300, 3, formats=jus.SIMULATED_FP8)
+    fp8 = _train(text, 300, 10, formats=jus.SIMULATED_FP8)
+    # A gap has a standard deviation of 1.9%, so the mean of ten an error of 0.6%.
     close_to_float32("LSTM, nats a character", fp8, exact)

@@ -1,7 +1,7 @@
 """Convolutions, drop-in for their `flax.linen` namesakes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +48,9 @@ class ConvTranspose(nn.ConvTranspose, ScaledOutput):
     Takes all arguments of its namesake and the further ones of `Conv`.
     """
 
+    # Its namesake takes an integer as well, whatever it says.
+    strides: int | Sequence[int] | None = None  # type: ignore[assignment]
+    kernel_dilation: int | Sequence[int] | None = None  # type: ignore[assignment]
     kernel_init: nn.initializers.Initializer = unit_normal
 
     @nn.compact

@@ -3,6 +3,7 @@
 import dataclasses
 import functools as ft
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -147,6 +148,8 @@ class DenseGeneral(nn.DenseGeneral, SplitOutput):
     a bias of their own, of which the batch is what is left.
     """
 
+    # Its namesake takes an integer as well, whatever it says.
+    batch_dims: int | Sequence[int] = ()  # type: ignore[assignment]
     kernel_init: nn.initializers.Initializer = unit_normal
 
     @nn.compact
@@ -257,17 +260,11 @@ class Embed(nn.Embed, Checked):
             `shard_map`: see `embedding`. The logits of `attend` are then split by
             class, as `cross_entropy` takes them with `class_axis_name`.
 
-    Factors, with s = `output_scale`: s forward and (vocabulary / ids)^1/2 for the
-    table. Of a tied one, with r = `logits_scale` / features:
-
-        look-up   s forward, f s for the table
-        attend    r forward and for the query, f r = (positions (1 + s^2))^-1/2 for the
-                  table,
-
-    so that both gradients are true up to the same constant f and their sum has unit
-    scale (derived in `layers/embedding.py`). Without `tied` the table has `embedding`'s
-    own factor, and `attend` is refused: a `DenseReadout` gives the query, and all that
-    is before it, cotangents of unit scale.
+    Factors: s = `output_scale` forward and (vocabulary / ids)^1/2 for the table; of a
+    tied one those of `layers/embedding.py`, where both gradients of the table are true
+    up to the same constant and their sum has unit scale. Without `tied` the table has
+    `embedding`'s own factor, and `attend` is refused: a `DenseReadout` gives the query,
+    and all that is before it, cotangents of unit scale.
     """
 
     embedding_init: nn.initializers.Initializer = unit_normal

@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn, struct
 from flax.core import meta
 
+from ..arguments import positive_integer
 from ..parameters import FIELDS, Role, role_metadata
 
 
@@ -42,6 +43,23 @@ class Parameter(struct.PyTreeNode, meta.AxisMetadata[Any]):
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "Parameter":
         return self.replace_boxed(meta.remove_axis(self.value, index, params))
+
+    # How `flax.nnx.bridge.ToNNX` makes an `nnx.Param` of a box, and the box again.
+    def to_nnx_metadata(self) -> dict[str, Any]:
+        """What an `nnx.Param` has to hold: value, roles, and what the inner box has."""
+        about = {k: v for k in FIELDS if (v := getattr(self, k)) is not None}
+        if not isinstance(self.value, meta.AxisMetadata):
+            return {"value": self.value, **about}
+        inner: Any = self.value
+        return {**inner.to_nnx_metadata(), "inner_meta_type": type(inner), **about}
+
+    @classmethod
+    def from_nnx_metadata(cls, metadata: dict[str, Any]) -> "Parameter":
+        """The inverse of `to_nnx_metadata`."""
+        value, inner = metadata["value"], metadata.get("inner_meta_type")
+        if inner is not None:
+            value = inner.from_nnx_metadata(dict(metadata))
+        return cls(value, **{name: metadata.get(name) for name in FIELDS})
 
     def get_partition_spec(self) -> Any:
         """The spec of the box inside; of a bare array, that it is replicated."""
@@ -99,8 +117,7 @@ def set_depth(params: Any, depth: int) -> Any:
 
     Reference: u-muP (Blake et al., 2024), table 2.
     """
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise ValueError(f"`depth` must be a positive integer, got {depth!r}.")
+    depth = positive_integer("depth", depth)
 
     def written(x: Any) -> Any:
         if isinstance(x, Parameter):

@@ -257,6 +257,8 @@ class RNN(nn.RNN, Checked):
     needs `scale_bwd(parameter, steps**-0.5)`.
     """
 
+    unroll: int | bool = 1
+
     def __call__(
         self, inputs: jax.Array, *, time_major: bool | None = None, **namesake: Any
     ) -> Any:

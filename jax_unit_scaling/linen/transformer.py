@@ -57,6 +57,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, ScaledBlock)
     Its softmax is in float32 at least, whatever `force_fp32_for_softmax` says, and
     einsums for its inside need an `attention_fn` that takes them. Decoding takes any
     number of tokens at a time: the output does not depend on how a sequence is cut.
+
+    The gradient of a value's bias (`use_bias`) grows with the length as in
+    `jax_unit_scaling.nnx.MultiHeadAttention`, which says by what law.
     """
 
     kernel_init: nn.initializers.Initializer = unit_normal

@@ -162,6 +162,7 @@ def convert(
     Raises:
         ValueError: if a layer of Flax has parameters and no counterpart, or one that
             cannot take its options; or if a weight is shared by two layers.
+        TypeError: inside `jit`, as the weights' scales become factors.
     """
     more = {"formats": formats, "batch_axis_name": batch_axis_name, "tied": tied}
     return _Conversion(more).of_tree(module, ())
@@ -309,6 +310,12 @@ def _parameter(
 ) -> tuple[nnx.Variable[Any], float]:
     """The old parameter with the new one's role, and the scale it is divided by."""
     value = old[...]
+    if divided and isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            "`module` must hold concrete weights, as their scales become factors, got "
+            f"a traced {jax.typeof(value)}: call `convert` outside of `jit` and other "
+            "transformations, and hand them the converted model."
+        )
     scale = _scale(value) if divided else 1.0
     value = value / scale if divided else value
     return old.copy(value, **new.get_metadata() | old.get_metadata()), scale

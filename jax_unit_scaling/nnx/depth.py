@@ -4,6 +4,8 @@ from typing import TypeVar
 
 from flax import nnx
 
+from ..arguments import positive_integer
+
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -20,8 +22,7 @@ def set_depth(module: M, depth: int) -> M:
 
     Reference: u-muP (Blake et al., 2024), table 2.
     """
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise ValueError(f"`depth` must be a positive integer, got {depth!r}.")
+    depth = positive_integer("depth", depth)
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Param):
             node.set_metadata(depth=depth)

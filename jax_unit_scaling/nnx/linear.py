@@ -273,17 +273,11 @@ class Embed(nnx.Embed):
             `shard_map`: see `embedding`. The logits of `attend` are then split by
             class, as `cross_entropy` takes them with `class_axis_name`.
 
-    Factors, with s = `output_scale`: s forward and (vocabulary / ids)^1/2 for the
-    table. Of a tied one, with r = `logits_scale` / features:
-
-        look-up   s forward, f s for the table
-        attend    r forward and for the query, f r = (positions (1 + s^2))^-1/2 for the
-                  table,
-
-    so that both gradients are true up to the same constant f and their sum has unit
-    scale (derived in `layers/embedding.py`). Without `tied` the table has `embedding`'s
-    own factor, and `attend` is refused: a `LinearReadout` gives the query, and all that
-    is before it, cotangents of unit scale.
+    Factors: s = `output_scale` forward and (vocabulary / ids)^1/2 for the table; of a
+    tied one those of `layers/embedding.py`, where both gradients of the table are true
+    up to the same constant and their sum has unit scale. Without `tied` the table has
+    `embedding`'s own factor, and `attend` is refused: a `LinearReadout` gives the
+    query, and all that is before it, cotangents of unit scale.
     """
 
     @checked

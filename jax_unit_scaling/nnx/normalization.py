@@ -27,7 +27,7 @@ class _Norm(nnx.Module):
     @checked
     def __init__(
         self,
-        *sizes: int | None,
+        *sizes: Any,
         scale_metadata: Mapping[str, Any] | None = None,
         axis_name: AxisName | None = None,
         batch_axis_name: AxisName | None = None,
@@ -63,7 +63,7 @@ class _BiasedNorm(_Norm):
     @checked
     def __init__(
         self,
-        *sizes: int | None,
+        *sizes: Any,
         bias_metadata: Mapping[str, Any] | None = None,
         **more: Any,
     ):

@@ -211,7 +211,7 @@ class RNN(nnx.RNN):
     needs `scale_bwd(parameter, steps**-0.5)`.
     """
 
-    __init__ = checked(nnx.RNN.__init__)
+    __init__ = checked(nnx.RNN.__init__, unroll=int | bool)
 
     def __call__(
         self, inputs: jax.Array, *, time_major: bool | None = None, **namesake: Any

@@ -80,6 +80,16 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         constraint, batch_axis_name: as in `Linear`.
         model_axis_name: axes over which the heads are split, inside `shard_map`.
 
+    Values' weights average out over a sequence; their bias (`use_bias`, as in Flax, is
+    True) does not, as it is the same at every key. With attention's factor f =
+    `dot_product_attention.factors(...).fwd`, about length^1/2 / 1.6 for long sequences
+    that see all keys, it adds f bias to attention's output, and its gradient has the
+    rms f (num_heads / num_kv_heads)^1/2, where all others start at 1 or below. Adam's
+    updates do not see it; for SGD, or lengths of many thousands, pass `use_bias=False`,
+    as `TransformerBlock` does. No factor of the bias alone would change the forward
+    part, and f belongs to a call (its lengths, mask), not to a layer. The key's bias
+    has no gradient: softmax does not see it.
+
     Decoding takes any number of tokens at a time, a whole prompt as well as one token:
     the output does not depend on how a sequence is cut. It is that of the whole
     sequence with `is_causal`, if `length` is given or the cache is as long as that.
@@ -90,7 +100,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         self,
         num_heads: int,
         in_features: int,
-        *sizes: int | None,
+        *sizes: Any,
         kernel_init: nnx.Initializer = unit_normal,
         out_kernel_init: nnx.Initializer | None = None,
         attention_fn: Callable[..., jax.Array] | None = None,
@@ -419,16 +429,22 @@ class TransformerStack(nnx.Module):
             for i in range(depth)
         )
 
-    def __call__(self, inputs: jax.Array, **call: Any) -> jax.Array:
-        """`call` are the keyword arguments of each block."""
+    def __call__(
+        self, inputs: jax.Array, *, rngs: nnx.Rngs | None = None, **call: Any
+    ) -> jax.Array:
+        """`rngs` and `call` are the keyword arguments of each block."""
 
-        def apply(block: TransformerBlock, x: jax.Array) -> jax.Array:
-            return block(x, **call)
+        # `rngs` is an argument: they count what is drawn, which `nnx.remat` refuses to
+        # see changed from outside of its trace.
+        def apply(
+            block: TransformerBlock, x: jax.Array, rngs: nnx.Rngs | None
+        ) -> jax.Array:
+            return block(x, rngs=rngs, **call)
 
         apply = nnx.remat(apply) if self.remat else apply
         x = inputs
         for block in self.blocks:
-            x = apply(block, x)
+            x = apply(block, x, rngs)
         return x
 
     def init_cache(

@@ -27,7 +27,11 @@ def _sizes(**inputs: Any) -> tuple[int, dict[str, int]]:
 
 def _add_rule(x: Any, y: Any, **_: Any) -> Factors:
     out, sizes = _sizes(x=x, y=y)
-    constant = len(sizes) < 2 or 1 in sizes.values()
+    if not sizes:
+        raise TypeError(
+            f"`x` or `y` must be an array, got {x!r} and {y!r}: add numbers with `+`."
+        )
+    constant = len(sizes) < 2 or [*sizes.values()].count(1) == 1
     return Factors(
         1.0 if constant else 2**-0.5, factors_of_sum(out, out=out, **sizes).bwd
     )
@@ -45,8 +49,9 @@ def add(
 ) -> Float[Array, "..."]:
     """Unit-scaled `x + y`, with NumPy's broadcasting.
 
-    Factors: 2^-1/2 forward (1 where one of them is a single number, which shifts but
-    does not scale), and broadcast^-1/2 for an input that is broadcast that many times.
+    Factors: 2^-1/2 forward (1 where one of them alone is a single number, which shifts
+    but does not scale), and broadcast^-1/2 for an input that is broadcast that many
+    times.
     For a residual branch use `residual_apply`, which weighs the two.
     """
     return jnp.add(x, y)

@@ -347,11 +347,13 @@ def _einsum_rule(subscripts: str, x: Any, y: Any, **_: Any) -> Factors:
                 f"and {size}, for `x` of shape {x.shape} and `y` of shape {y.shape}."
             )
         sizes[label] = max(known, size)
+    # By label: of an axis that is named twice the diagonal alone is read.
+    each = dict(labelled[: len(x.shape)]), dict(labelled[len(x.shape) :])
     return factors_of_sum(
         math.prod(sizes.values()),
         out=math.prod(sizes[label] for label in out),
-        x=math.prod(x.shape),
-        y=math.prod(y.shape),
+        x=math.prod(each[0].values()),
+        y=math.prod(each[1].values()),
     )
 
 
@@ -372,10 +374,10 @@ def _parse(
     labelled: list[tuple[str | int, int]] = []
     for term, shape in zip(terms, shapes, strict=True):
         labels = list(_labels(term, len(shape)))
-        if len(labels) != len(shape) or len(set(labels)) != len(labels):
+        if len(labels) != len(shape):
             raise ValueError(
-                f"`subscripts` {subscripts!r} must name each axis of an operand once, "
-                f"got {term!r} for shape {shape}."
+                f"`subscripts` {subscripts!r} must name each axis of an operand, got "
+                f"{term!r} for shape {shape}."
             )
         labelled += zip(labels, shape, strict=True)
     hidden = {label for label, _ in labelled if isinstance(label, int)}
@@ -418,6 +420,7 @@ def einsum(
 
     Factors: each of the output, `x` and `y` has (the product of the sizes of the labels
     that it lacks)^-1/2: in "bmk,kn->bmn", k^-1/2, n^-1/2 for `x`, (b m)^-1/2 for `y`.
+    An operand that names a label twice has that scale on the diagonal, which is read.
 
     `formats` as in `linear`, but native ones are simulated, which a warning says once,
     where this is not one dot: a label that one operand alone has is summed over first.
@@ -495,9 +498,10 @@ def einsum_fan_in(subscripts: str, kernel_shape: Sequence[int]) -> int:
             "`einsum_str` must name the axes of an input and of a kernel of shape "
             f"{tuple(kernel_shape)}, as in '...i,ij->...j', got {subscripts!r}."
         )
+    sizes = dict(zip(labels, kernel_shape, strict=True))
     return math.prod(
         size
-        for label, size in zip(labels, kernel_shape, strict=True)
+        for label, size in sizes.items()
         if isinstance(label, str) and label not in result
     )
 

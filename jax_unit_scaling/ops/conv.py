@@ -15,7 +15,7 @@ from ..formats import Formats
 from ..fp8 import in_formats
 from ..op import AxisName, Factors, Zeros, case, factors_of_sum, scaled_op
 from .contraction import given_options
-from .window import Pads, Window, count_hits, pads_of, per_axis
+from .window import Pads, Window, count_hits, lax_padding, pads_of, per_axis
 
 PerAxis = int | Sequence[int] | None
 Padding = str | int | Sequence[int | Sequence[int]]
@@ -97,10 +97,10 @@ def _windows(
     sizes = x.shape[-rank - 1 : -1]
     taps = kernel.shape[:rank]
     spans = [d * (k - 1) + 1 for d, k in zip(dilation, taps, strict=True)]
-    if padding == "SAME" and set(spread) != {1}:
+    if lax_padding(padding) in ("SAME", "SAME_LOWER") and set(spread) != {1}:
         raise ValueError(
-            '`padding` "SAME" has no meaning for a dilated input: pass a pair (low, '
-            "high) for each spatial axis, or use `conv_transpose`."
+            f"`padding` {padding!r} has no meaning for a dilated input: pass a pair "
+            "(low, high) for each spatial axis, or use `conv_transpose`."
         )
     repeated = [(0, 0)] * rank
     if _mode(padding):
@@ -111,7 +111,7 @@ def _windows(
             raise ValueError(f'`padding` "CAUSAL" needs one spatial axis, got {rank}.')
         padding = [(spans[0] - 1, 0)]
     sizes = [n + sum(r) for n, r in zip(sizes, repeated, strict=True)]
-    pads = pads_of(padding, sizes, spans, stride)
+    pads = pads_of(padding, sizes, spans, stride, ("CIRCULAR", "REFLECT", "CAUSAL"))
     windows = map(Window, sizes, taps, stride, pads, dilation, spread)
     return list(windows), repeated
 
@@ -198,9 +198,10 @@ def conv(
     """Unit-scaled convolution: x [*batch, *spatial, in], kernel [*window, in/groups,
     out], bias [out].
 
-    The options are those of `flax.nnx.Conv`. `padding` is "SAME", "VALID", "CIRCULAR",
-    "REFLECT", "CAUSAL" (one axis), an integer, or an integer or a pair (low, high) for
-    each axis; `conv_general_dilated` computes the plain convolution.
+    The options are those of `flax.nnx.Conv`. `padding` is "SAME", "SAME_LOWER",
+    "VALID", "CIRCULAR", "REFLECT", "CAUSAL" (one axis), an integer, or an integer or a
+    pair (low, high) for each axis; `conv_general_dilated` computes the plain
+    convolution.
 
     Factors, with t the products of an input and a weight that are added up:
     (outputs / t)^1/2 forward, (inputs / t)^1/2 for `x`, (weights / t)^1/2 for `kernel`
@@ -280,7 +281,14 @@ def _transposed_windows(
             for span, s in zip(spans, stride, strict=True)
         ]
     else:
-        pads = pads_of(padding, sizes, spans, stride)
+        # "SAME_LOWER" and names in lower case are those of a plain convolution, to
+        # which the stride is a dilation of its input.
+        if isinstance(padding, str) and set(stride) != {1}:
+            raise ValueError(
+                f"`padding` {padding!r} needs `strides` of 1 here, got {strides}: pass "
+                '"SAME", "VALID", "CIRCULAR" or pairs (low, high).'
+            )
+        pads = pads_of(padding, sizes, spans, stride, ("CIRCULAR",))
     return list(map(Window, sizes, taps, [1] * rank, pads, dilation, stride))
 
 
@@ -340,8 +348,8 @@ def conv_transpose(
     in, out] (or [*window, out, in] where `transpose_kernel`), bias [out].
 
     The options are those of `flax.nnx.ConvTranspose`. `padding` is "SAME", "VALID",
-    "CIRCULAR", an integer, or an integer or a pair (low, high) for each axis;
-    `conv_general_dilated` computes the plain convolution.
+    "CIRCULAR", an integer, or an integer or a pair (low, high) for each axis; without
+    strides also "SAME_LOWER". `conv_general_dilated` computes the plain convolution.
 
     Factors as `conv`, of the same count: away from the borders
     (window in / stride)^-1/2 forward and (window out)^-1/2 for `x`. `formats` as in

@@ -71,27 +71,40 @@ def per_axis(name: str, value: int | Sequence[int] | None, rank: int) -> list[in
     return [int(v) for v in values]
 
 
+def lax_padding(padding: Any) -> str | None:
+    """lax's name of a way to pad, which it takes in either case."""
+    name = padding.upper() if isinstance(padding, str) else None
+    return name if name in _LAX_PADDINGS else None
+
+
+_LAX_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
+
+
 def pads_of(
     padding: str | int | Sequence[int | Sequence[int]],
     sizes: Sequence[int],
     spans: Sequence[int],
     strides: Sequence[int],
+    also: Sequence[str] = (),
 ) -> Pads:
     """The zeros before and after each axis, under windows that span `spans` numbers.
 
     Raises:
-        ValueError: if `padding` is not "SAME", "VALID", an integer, or a sequence with
-            an integer or a pair (low, high) for each axis.
+        ValueError: if `padding` is not one of lax's names, an integer, or a sequence
+            with an integer or a pair (low, high) for each axis; the message names those
+            that the caller takes `also`.
     """
-    if padding in ("SAME", "VALID"):
-        pads = lax.padtype_to_pads(sizes, spans, strides, padding)
+    if name := lax_padding(padding):
+        pads = lax.padtype_to_pads(sizes, spans, strides, name)
         return [(int(low), int(high)) for low, high in pads]
     each = [padding] * len(sizes) if isinstance(padding, int | str) else padding
     pairs: list[Any] = [(p, p) if isinstance(p, int) else tuple(p) for p in each]
-    if len(pairs) != len(sizes) or any(len(p) != 2 for p in pairs):
+    if len(pairs) != len(sizes) or any(
+        len(p) != 2 or not all(isinstance(n, int) for n in p) for p in pairs
+    ):
+        names = ", ".join(f'"{name}"' for name in (*_LAX_PADDINGS, *also))
         raise ValueError(
-            "`padding` must be one of the names of the function's docstring, an "
-            f"integer, or an integer or a pair (low, high) for each of {len(sizes)} "
-            f"spatial axes, got {padding!r}."
+            f"`padding` must be {names}, an integer, or an integer or a pair (low, "
+            f"high) for each of {len(sizes)} spatial axes, got {padding!r}."
         )
     return pairs
