@@ -570,3 +570,16 @@ def test_a_way_through_complex_numbers_counts():
     (row,) = jus.audit_gradients(both)(w).gradients
     assert row.verdict == "true"
     np.testing.assert_allclose(row.ratio, 3, rtol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_compares_the_gradients():
+    with jax.default_matmul_precision("highest"):  # of which `ratio` is told
+        net = [*normal(3, 4, 4)], normal(6, 4)
+        consistent(audit_gradients(_residual_net)(*net))
+
+        def wrong(ws, x):
+            y = jus.linear(x, ws[0])
+            return jnp.sum(jus.tanh(y, constraint=None) + y)
+
+        broken(audit_gradients(wrong)(*net), "tanh")

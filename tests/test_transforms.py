@@ -607,3 +607,25 @@ def test_errors_name_the_argument():
     with pytest.raises(TypeError, match="(?s)`choose` must return.*E4M3|Format"):
         simulate_fp8(jnp.matmul, choose=lambda p: E4M3)(normal(2, 2), normal(2, 2))
     assert Formats() == Formats(None, None)
+
+
+@pytest.mark.gpu
+def test_a_gpu_rounds_operands_and_cotangents_under_jit():
+    """Against NumPy's casts: sums of 64 products of 8-bit numbers, each exact, are all
+    that differs; rounding moves them by percents."""
+    x, w, g = normal(32, 64), normal(64, 16, seed=1), normal(32, 16, seed=2)
+
+    def cast(x, format):
+        return np.asarray(x).astype(format.dtype).astype(np.float64)
+
+    @jax.jit
+    def both(x, w):
+        y, pull = jax.vjp(simulate_fp8(jnp.matmul), x, w)
+        return y, *pull(g)
+
+    with jax.default_matmul_precision("highest"):
+        found = both(x, w)
+    qx, qw, rg = cast(x, E4M3), cast(w, E4M3), cast(g, E5M2)
+    for got, want in zip(found, (qx @ qw, rg @ qw.T, qx.T @ rg), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=64 * 2**-20)
+    assert np.abs(found[0] - np.asarray(x, np.float64) @ np.asarray(w)).max() > 0.1

@@ -1043,3 +1043,23 @@ def test_a_gradient_through_it_keeps_derivatives_of_their_own():
     loss = lambda x: 2.0**10 * _clipping()(x).sum()
     x = 2.0**-10 * jnp.ones(8)
     same(jax.grad(unit_scale(loss, x))(x), jax.grad(loss)(x))
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_in_simulated_fp8_what_it_cannot_naively():
+    """A loss of badly scaled weights: its cotangents are below E5M2's smallest."""
+    ws, x = [normal(64, 64, seed=i, scale=2.0**-9) for i in range(3)], normal(32, 64)
+
+    def loss(ws, x):
+        for w in ws:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    plain = jax.value_and_grad(loss)
+    fp8 = jax.value_and_grad(jus.simulate_fp8(loss))
+    with jax.default_matmul_precision("highest"):
+        want = jax.jit(plain)(ws, x)
+        close(jax.jit(unit_scale(plain, ws, x))(ws, x), want)
+        assert error(jax.jit(fp8)(ws, x), want) > 0.9
+        # Three mantissa bits err by 2^-4, cotangents' two by 2^-3, and less on average.
+        assert error(jax.jit(unit_scale(fp8, ws, x))(ws, x), want) < 0.25
