@@ -86,6 +86,17 @@ def test_what_is_not_finite_is_counted_apart():
         np.testing.assert_allclose(stats.mean, -1 / 3, rtol=1e-6)
 
 
+def test_iterations_of_a_loop_count_by_what_is_finite():
+    def f(x, n):
+        return lax.fori_loop(0, n, lambda i, y: jnp.log(y - 1), x)
+
+    _, scales = jax.jit(jus.track_scales(f))(jnp.array([1.0, 3.0]), 2)
+    (stats,) = (t.forward for name, t in scales.items() if name.endswith("/sub"))
+    assert stats.size == 4 and stats.infinite == 1
+    want = np.sqrt((0 + 2**2 + (np.log(2) - 1) ** 2) / 3)
+    np.testing.assert_allclose(stats.scale, want, rtol=1e-6)
+
+
 def test_complex_numbers_count_as_two_each():
     def loss(z):
         return jnp.sum(jnp.abs(z * (1 + 2j)) ** 2)
@@ -106,12 +117,13 @@ def test_complex_numbers_count_as_two_each():
     check(scales[name].forward, np.stack([product.real, product.imag]))
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "default"])
+@pytest.mark.parametrize("platform", [None, "cpu", "cuda", "default"])
 def test_numbers_of_64_bits_are_counted_as_they_are(monkeypatch, platform):
     def elsewhere(*args, **by_platform):
         return by_platform[platform](*args)
 
-    monkeypatch.setattr(lax, "platform_dependent", elsewhere)
+    if platform:
+        monkeypatch.setattr(lax, "platform_dependent", elsewhere)
     with jax.enable_x64(True):
         jax.clear_caches()
         x = np.array([1e60, -1e-60, 0.0, 3.0, 2.0**-9, np.inf])

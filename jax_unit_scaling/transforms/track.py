@@ -546,7 +546,7 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
             passed += n * (_number(bits.shape) % tables).astype(jnp.int32)
         counts = jnp.zeros(tables * n, jnp.int32)
         counts = counts.at[passed].add(1, mode="promise_in_bounds")
-        between = counts.reshape(tables, n).sum(0, dtype=jnp.int32)
+        between = counts.reshape(tables, n).sum(0)
         return jnp.cumsum(between[::-1], dtype=jnp.int32)[::-1]
 
     def compared(bits: Array) -> Array:
