@@ -118,12 +118,15 @@ class Region:
             seen.update(own)
         return last
 
-    def walk(self) -> Iterator["Equation"]:
-        """All equations in it, those inside others behind them."""
+    def walk(
+        self, opens: Callable[["Equation"], bool] = lambda equation: True
+    ) -> Iterator["Equation"]:
+        """All equations in it, those inside of what `opens` selects behind them."""
         for equation in self.equations:
             yield equation
-            for region in equation.regions:
-                yield from region.walk()
+            if opens(equation):
+                for region in equation.regions:
+                    yield from region.walk(opens)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -648,14 +651,14 @@ def _custom(self: Interpreter, equation: Equation, side: Side, args: Any) -> Out
     The rule is what `jax.vjp` of the equation itself traces, only when it is asked for.
     """
     (region,) = equation.regions
-    is_float = [_is_float(aval) for aval in equation.in_avals]
+    is_float = [is_inexact(aval) for aval in equation.in_avals]
 
     def vjp(*args: Any) -> Any:
         return jax.vjp(equation.bind, *args)
 
     def transpose(pull: Any, cotangents: Sequence[Any]) -> list[Any]:
         given = [
-            g if _is_float(aval) else np.zeros(aval.shape, jax.dtypes.float0)
+            g if is_inexact(aval) else np.zeros(aval.shape, jax.dtypes.float0)
             for g, aval in zip(cotangents, equation.out_avals, strict=True)
         ]
         return [g for g, wanted in zip(pull(given), is_float, strict=True) if wanted]
@@ -686,7 +689,7 @@ def _custom(self: Interpreter, equation: Equation, side: Side, args: Any) -> Out
     def backward(residuals: Any, cotangents: Any) -> Any:
         shared, pull = residuals
         cotangents = [
-            g if _is_float(aval) else None
+            g if is_inexact(aval) else None
             for g, aval in zip(cotangents, equation.out_avals, strict=True)
         ]
         found = iter(interpret(transpose, 2, shared, pull, cotangents))
@@ -725,8 +728,9 @@ def _merge(self: Interpreter, one: Any, other: Any) -> Any:
     return self.merge(jax.tree.map(lambda *x: jnp.stack(x), one, other))
 
 
-def _is_float(aval: Any) -> bool:
-    return jnp.issubdtype(aval.dtype, jnp.inexact)
+def is_inexact(x: Any) -> bool:
+    """Whether an array or type is of floating point, complex or not."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 # -- Facts without values --------------------------------------------------------------
@@ -913,9 +917,11 @@ class Call:
     Attributes:
         region: the jaxpr.
         leaves: its inputs.
-        paths: the name of each input, such as "args[0]['kernel']".
+        paths: the name of each input, such as "args/0/kernel".
+        static: the names of all else.
 
     Raises:
+        TypeError: if it is given a shape in place of an array, and computes with it.
         ValueError: if the function changes a module's structure.
     """
 
@@ -933,6 +939,7 @@ class Call:
         is_input = list(map(_is_array, self._flat))
         self.leaves = [x for x in self._flat if _is_array(x)]
         self.paths = self._paths(paths, self._parts, is_input)
+        self.static = self._paths(paths, self._parts, [not x for x in is_input])
 
         def flat_fn(*leaves: Any) -> list[Any]:
             given, copies = self._filled(leaves)
@@ -958,15 +965,41 @@ class Call:
             self._is_output = list(map(_is_array, self._out))
             return [x for x in self._out if _is_array(x)]
 
-        self.region = Region(*_open(jax.make_jaxpr(flat_fn)(*self.leaves)))
+        try:
+            self.region = Region(*_open(jax.make_jaxpr(flat_fn)(*self.leaves)))
+        except Exception as e:
+            self._check_shapes(paths, e)
+            raise
+        # Some of JAX's functions take a shape for a constant.
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in self.region.consts):
+            self._check_shapes(paths, None)
+
+    def _check_shapes(self, paths: list[str], cause: Exception | None) -> None:
+        """Raises TypeError if the function was given a shape, and has computed with it.
+
+        It may well be given one to take it for that.
+        """
+        is_shape = [isinstance(x, jax.ShapeDtypeStruct) for x in self._flat]
+        if any(is_shape):
+            path = self._paths(paths, self._parts, is_shape)[0]
+            raise TypeError(
+                f"`{path}` must be an array where `fn` computes with it, got "
+                f"{self._flat[is_shape.index(True)]}: pass an array of that shape."
+            ) from cause
 
     def check_concrete(self, reason: str, instead: str) -> None:
-        """Raises TypeError if an input is traced."""
+        """Raises TypeError if an input is traced, or what the function closes over."""
         for path, leaf in zip(self.paths, self.leaves, strict=True):
             if isinstance(leaf, jax.core.Tracer):
                 raise TypeError(
                     f"`{path}` must be concrete, as {reason}, got a traced "
                     f"{jax.typeof(leaf)}: {instead}."
+                )
+        for const in self.region.consts:
+            if isinstance(const, jax.core.Tracer):
+                raise TypeError(
+                    f"`fn` must be concrete, as {reason}, but it closes over a traced "
+                    f"{jax.typeof(const)}: {instead}."
                 )
 
     def gives_loss(self, has_aux: bool) -> bool:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from . import formats as number_formats
 from .formats import Format
 from .transforms.track import (
+    FORMATS,
     HIGHEST,
     LOWEST,
     Scales,
@@ -31,12 +31,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
-
-RANGES: Mapping[str, Format] = {
-    "FP16": number_formats.FP16,
-    "E5M2": number_formats.E5M2,
-    "E4M3": number_formats.E4M3,
-}
 
 
 class Histogram(NamedTuple):
@@ -91,7 +85,7 @@ def pooled(tracked: Iterable[Stats | None]) -> Histogram:
 def histograms(
     rows: Mapping[str, Mapping[str, Histogram]],
     *,
-    formats: Mapping[str, Format] = RANGES,
+    formats: Mapping[str, Format] = FORMATS,
 ) -> "Figure":
     """A panel for each row (a model, say) and column (activations, weights, ...).
 
@@ -255,10 +249,15 @@ def _stats_cells(stats: Stats | None, formats: Sequence[str]) -> dict[str, Cell]
     log2 = _log2(stats.scale)
     far = _danger(abs(log2) if stats.scale > 0 else 0.0, _FAR)
     low, high = _log2(stats.smallest), _log2(stats.largest)
+    extremes = Cell(f"2^{low:.0f}..{high:.0f}" if stats.largest else "", high - low)
+    if lost := _not_finite(stats):
+        far = 2
+        extremes = Cell(f"{extremes.text} {lost}".strip(), math.inf, far)
+    text = f"2^{log2:.1f}" if stats.scale else "zero" if stats.finite else "none"
     cells = {
-        "log2 scale": Cell(f"2^{log2:.1f}" if stats.scale else "zero", log2, far),
+        "log2 scale": Cell(text, log2, far),
         "scale": Cell(f"{stats.scale:.3g}", float(stats.scale), far),
-        "range": Cell(f"2^{low:.0f}..{high:.0f}" if stats.largest else "", high - low),
+        "range": extremes,
     }
     for i, name in enumerate(formats):
         under = float(stats.underflow[i] / stats.size)
@@ -272,6 +271,12 @@ def _stats_cells(stats: Stats | None, formats: Sequence[str]) -> dict[str, Cell]
     return cells
 
 
+def _not_finite(stats: Stats) -> str:
+    """The share of what is not finite, if any."""
+    counts = (("NaN", stats.nan), ("inf", stats.infinite))
+    return " ".join(f"{n / stats.size:.2g} {what}" for what, n in counts if n > 0)
+
+
 def _danger(value: float, limits: tuple[float, float]) -> int:
     return sum(bool(value > limit) for limit in limits)
 
@@ -280,13 +285,19 @@ def _log2(x: Any) -> float:
     return float(np.log2(x)) if x > 0 else -math.inf
 
 
+def _log2_scale(stats: Stats | None) -> float:
+    """NaN where there is nothing to have a scale."""
+    return math.nan if stats is None or not stats.finite else _log2(stats.scale)
+
+
 def summary(scales: Scales, *, title: str | None = None) -> "Table":
     """A rich table of tracked tensors; print it with `rich.print`.
 
     Each has a line for itself (→) and one for its cotangent (←): root mean square,
-    smallest and largest magnitude, and the share of elements that each format loses,
-    below (↓) its smallest number or above (↑) its largest. Yellow is a scale beyond
-    2^±4 or a loss above 0.1%, red is 2^±8 or 1%.
+    smallest and largest magnitude of its finite elements, the share of others, and that
+    of elements that each format loses, below (↓) its smallest number or above (↑) its
+    largest. Yellow is a scale beyond 2^±4 or a loss above 0.1%, red is 2^±8 or 1%, or
+    any element that is infinite or not a number.
     """
     formats = [name for name, _ in scales.formats]
     made: Table = _extra("rich.table").Table(title=title, show_lines=False)
@@ -321,8 +332,9 @@ def exponents(scales: Scales) -> "Figure":
     """The histogram of log2|value| of every tensor, forward and backward.
 
     A tensor is a line, darker where more of its values are; on the right stands its
-    share of zeros. Grey behind them are the formats' ranges, from the smallest number
-    to the largest; dotted lines are their smallest normal numbers.
+    share of zeros, and in red of what is not finite. Grey behind them are the formats'
+    ranges, from the smallest number to the largest; dotted lines are their smallest
+    normal numbers.
 
     Reference: Unit Scaling (Blake et al., 2023), figures 1 and A.1.
     """
@@ -343,9 +355,12 @@ def exponents(scales: Scales) -> "Figure":
             zorder=2,
         )
         for i, s in enumerate(stats):
-            if s is not None and s.size and s.zeros / s.size > 0.005:
-                zero = f"{s.zeros / s.size:.0%} zero"
-                panel.text(HIGHEST + 1.5, i, zero, size=5, va="center")
+            if s is None or not s.size:
+                continue
+            zero = f"{s.zeros / s.size:.0%} zero" if s.zeros / s.size > 0.005 else ""
+            lost = _not_finite(s)
+            told, color = " ".join(filter(None, (lost, zero))), "red" if lost else "k"
+            panel.text(HIGHEST + 1.5, i, told, size=5, va="center", color=color)
         panel.set_title(side, pad=14)
         panel.set(xlabel="log2 |value|", xlim=(LOWEST, HIGHEST + 1))
     _name_rows(axes[0, 0], found)
@@ -430,9 +445,10 @@ def compare(a: Scales, b: Scales, *, names: Sequence[str] = ("a", "b")) -> Compa
         record: dict[str, Any] = {"tensor": getattr(x or y, "name", "")}
         for side in ("forward", "backward"):
             pair = [getattr(r, side, None) for r in (x, y)]
-            log2 = [math.nan if s is None else _log2(s.scale) for s in pair]
-            for name, value in zip(names, log2, strict=True):
-                record[f"{side} {name}"] = _power(value)
+            log2 = [_log2_scale(s) for s in pair]
+            for name, value, s in zip(names, log2, pair, strict=True):
+                lost = _not_finite(s) if s is not None and s.size else ""
+                record[f"{side} {name}"] = f"{_power(value)} {lost}".strip()
             difference = log2[1] - log2[0]
             record[f"{side} ratio"] = _power(difference)
         records.append(record)
@@ -476,7 +492,7 @@ def timeline(scales: Scales, steps: Sequence[int]) -> "Figure":
     for panel, side in zip(axes[0], ("forward", "backward"), strict=True):
         log2 = np.array(
             [
-                [math.nan if s is None else _log2(s.scale) for s in column]
+                [_log2_scale(s) for s in column]
                 for column in ([getattr(r, side) for r in found] for found in each)
             ]
         ).T

@@ -294,7 +294,8 @@ def quantize(
 
     Subnormals are kept, NaN stays NaN, and what lies beyond the largest number that
     `format` and `x`'s dtype both hold (infinity too) becomes that number. The gradient
-    passes straight through, as if this were the identity.
+    passes straight through, as if this were the identity, and so does a gradient of
+    gradients (by reverse mode: JAX refuses the forward mode).
 
     With a `key` the rounding is stochastic: up or down to a neighbour, so that the
     expectation is `x` (to 2^-23 of their distance, and but for saturation).
@@ -381,8 +382,9 @@ def _quantize_fwd(x: Array, format: Format, key: Array | None) -> Array:
     return _quantize(x, format, key)
 
 
+# What a rule calls has a rule too, so that second derivatives pass straight through.
 _quantize_fwd.defvjp(
-    lambda x, format, key: (_quantize(x, format, key), None),
+    lambda x, format, key: (_quantize_fwd(x, format, key), None),
     lambda format, _, g: (g, None),
 )
 
@@ -394,7 +396,7 @@ def _quantize_bwd(x: Array, format: Format, key: Array | None) -> Array:
 
 _quantize_bwd.defvjp(
     lambda x, format, key: (x, key),
-    lambda format, key, g: (_quantize(g, format, key), None),
+    lambda format, key, g: (_quantize_fwd(g, format, key), None),
 )
 
 

@@ -55,6 +55,27 @@ def test_a_table_shows_scales_ranges_and_what_formats_lose(scales):
     assert "up/dot_general" in "".join(map(str.strip, first))  # folded, not cut
 
 
+def test_what_is_not_finite_is_red_and_not_in_the_scale(tmp_path):
+    x = X.at[0, :16].set(jnp.nan).at[1, :4].set(jnp.inf)
+    scales = jus.track_scales(lambda x, y: None)(x, jnp.full((4,), jnp.nan))[1]
+    first, second = (row.forward for row in analysis.rows(scales))
+    cells = analysis._stats_cells(first, ["FP16"])
+    assert cells["range"].danger == cells["log2 scale"].danger == 2
+    for told in ("0.0078 NaN", "0.002 inf"):  # of 2048
+        assert told in cells["range"].text
+        assert told in printed(analysis.summary(scales))
+    scale = np.sqrt(np.mean(np.asarray(x)[np.isfinite(x)] ** 2))
+    assert cells["log2 scale"].text == f"2^{np.log2(scale):.1f}"
+    assert analysis._stats_cells(second, [])["log2 scale"].text == "none"
+    assert "\x1b[1;31m" in printed(analysis.summary(scales))
+    analysis.report(scales, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('class="danger2"') >= 6 and "1 NaN" in page
+    red = [t for t in analysis.exponents(scales).axes[0].texts if "NaN" in t.get_text()]
+    assert len(red) == 2 and all(t.get_color() == "red" for t in red)
+    assert "0.0078 NaN" in printed(analysis.compare(scales, scales).table)
+
+
 def test_iterations_of_a_scan_are_rows_in_the_order_of_computation():
     def deep(x, ws):
         def layer(x, w):

@@ -387,6 +387,64 @@ def test_factors_inside_native_products_are_seen():
             assert any(line_of("its mistake") in x for x in where)
 
 
+@pytest.mark.parametrize("check", [audit_gradients, cut_edges])
+def test_an_audit_of_nothing_is_refused(check):
+    square = lambda w: jnp.sum(w**2.0)
+    for w in (3, jnp.arange(3), {"w": "a"}, ()):
+        with pytest.raises(
+            TypeError, match=r"`argnums` must be .* got 0, which has no"
+        ):
+            check(lambda w: jnp.float32(1.0))(w)
+    with pytest.raises(TypeError, match=r"got 1, which has none"):
+        check(lambda w, i: square(w), argnums=(0, 1))(jnp.ones(3), 2)
+    with pytest.raises(TypeError, match=r"`argnums` must be .* got none"):
+        check(square, argnums=())(jnp.ones(3))
+    check(square)(3.0)  # a Python float is a number to differentiate
+
+
+def test_a_python_float_is_audited():
+    (row,) = consistent(
+        audit_gradients(lambda w: jus.scaled(w, bwd=3.0) ** 2)(2.0)
+    ).gradients
+    np.testing.assert_allclose(row.ratio, 3, rtol=1e-6)
+
+
+def test_a_linear_solve_is_no_gradient():
+    """What JAX keeps in it has equations of its transpose."""
+    a = 4 * jnp.eye(4) + normal(4, 4) / 4
+
+    def solved(bwd, a, b):
+        return jnp.sum(jnp.linalg.solve(jus.scaled(a, bwd=bwd), b) ** 2) + jnp.sum(a)
+
+    consistent(audit_gradients(ft.partial(solved, 1.0), (0, 1))(a, normal(4)))
+    audit = audit_gradients(ft.partial(solved, 3.0), (0, 1))(a, normal(4))
+    assert [(row.path, row.verdict) for row in audit.gradients] == [
+        ("args/0", "broken"),
+        ("args/1", "true"),
+    ]
+    found = cut_edges(lambda a: jnp.sum(jus.gelu(jnp.linalg.inv(a))))(a)
+    assert _free(found) == {"gelu": True}
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_complex_parameters_have_both_of_their_parts_compared(x64):
+    def loss(real, imag, z):
+        real = jus.scaled(z.real, bwd=real)
+        z = lax.complex(real, jus.scaled(z.imag, bwd=imag))
+        return jnp.sum(jnp.abs(z * (1 + 2j)) ** 2)
+
+    with jax.enable_x64(x64):
+        z = np.asarray(normal(5) + 1j * normal(5, seed=1), [np.complex64, complex][x64])
+        (row,) = consistent(audit_gradients(ft.partial(loss, 3.0, 3.0))(z)).gradients
+        np.testing.assert_allclose(row.ratio, 3, rtol=1e-12 if x64 else 1e-6)
+        # A gradient 10 z, whose imaginary part is three times too large.
+        (row,) = audit_gradients(ft.partial(loss, 1.0, 3.0))(z).gradients
+        dot = np.sum(z.real**2 + 3 * z.imag**2)
+        norms = np.linalg.norm(z) * np.linalg.norm(z.real + 3j * z.imag)
+        np.testing.assert_allclose(row.cosine, dot / norms, rtol=1e-6)
+        assert row.verdict == "broken"
+
+
 def test_errors_name_the_argument():
     w = jnp.ones(3)
     with pytest.raises(TypeError, match="`fn` must be a function"):
@@ -399,7 +457,7 @@ def test_errors_name_the_argument():
         audit_gradients(jnp.sin)(w)
     with pytest.raises(TypeError, match="`fn` must return a scalar.*no array"):
         audit_gradients(lambda w: None)(w)
-    with pytest.raises(TypeError, match="`fn` must be the loss itself"):
+    with pytest.raises(TypeError, match="`fn` must be the loss itself.*test_audit"):
         cut_edges(lambda w: jax.grad(lambda w: jnp.sum(w**2))(w).sum())(w)
 
 
@@ -552,3 +610,16 @@ def test_a_way_through_complex_numbers_counts():
     (row,) = jus.audit_gradients(both)(w).gradients
     assert row.verdict == "true"
     np.testing.assert_allclose(row.ratio, 3, rtol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_compares_the_gradients():
+    with jax.default_matmul_precision("highest"):  # of which `ratio` is told
+        net = [*normal(3, 4, 4)], normal(6, 4)
+        consistent(audit_gradients(_residual_net)(*net))
+
+        def wrong(ws, x):
+            y = jus.linear(x, ws[0])
+            return jnp.sum(jus.tanh(y, constraint=None) + y)
+
+        broken(audit_gradients(wrong)(*net), "tanh")

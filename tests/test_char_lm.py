@@ -1,12 +1,14 @@
 """The character-level experiment: its data, and a run from end to end."""
 
 import dataclasses
+import json
 import pickle
 import re
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from experiments.char_lm.demo import DemoConfig, demo
 from experiments.char_lm.histogram import initial_histograms
 from experiments.char_lm.model import ModelConfig, make_model
 from experiments.char_lm.sweep import SweepConfig, sweep
+from experiments.char_lm.tracking import TrackingConfig, cost, summary
 from experiments.char_lm.train import (
     TrainConfig,
     make_task,
@@ -207,3 +210,21 @@ def test_the_sweep_finds_the_best_rate(folder, capsys):
     printed = capsys.readouterr().out
     assert "2^-7" in printed and "2^-20" not in printed
     assert (demo.out / "sweep.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_what_tracking_costs_is_written_down(tmp_path, capsys):
+    config = TrackingConfig(tmp_path, width=64, depth=1, vocabulary=8, repeats=1)
+    record = cost(config)
+    assert record == json.loads((tmp_path / "tracking.json").read_text())
+    for found in record["models"].values():
+        assert found["tensors"] > 10 and found["compile"] > found["tracked"][0]
+    assert "once" in capsys.readouterr().out
+
+
+def test_the_table_of_what_tracking_costs_is_that_of_the_record():
+    folder = Path(__file__).parent.parent / "experiments"
+    record = json.loads((folder / "char_lm/figures/tracking.json").read_text())
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    for row in summary(record):
+        assert f"| {' | '.join(row.values())} |" in readme

@@ -70,13 +70,102 @@ def test_extreme_values_are_counted():
     check(scales["args/0"].forward, x)
 
 
-def test_what_is_not_finite_is_counted_as_size_alone():
-    x = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0, 0.0])
-    _, scales = jus.track_scales(lambda x: x * 1)(x)
-    stats = scales["args/0"].forward
-    assert stats.size == 5 and stats.zeros == 1 and stats.histogram.sum() == 1
-    np.testing.assert_array_equal(stats.overflow, [2, 2, 2])  # of infinities
-    assert stats.smallest == 1 and jnp.isnan(stats.largest)
+def test_what_is_not_finite_is_counted_apart():
+    x = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0, 0.0, -2.0])
+
+    def body(_, x):
+        return None, x * 1
+
+    _, scales = jus.track_scales(lambda x: lax.scan(body, None, x)[0])(x[None])
+    for stats in (scales["args/0"].forward, list(scales.values())[1].forward):
+        assert stats.size == 6 and stats.zeros == 1 and stats.histogram.sum() == 2
+        assert stats.nan == 1 and stats.infinite == 2 and stats.finite == 3
+        np.testing.assert_array_equal(np.ravel(stats.overflow), [2, 2, 2])
+        assert stats.smallest == 1 and stats.largest == 2 and stats.total == -1
+        np.testing.assert_allclose(stats.scale, np.sqrt(5 / 3), rtol=1e-6)
+        np.testing.assert_allclose(stats.mean, -1 / 3, rtol=1e-6)
+
+
+def test_iterations_of_a_loop_count_by_what_is_finite():
+    def f(x, n):
+        return lax.fori_loop(0, n, lambda i, y: jnp.log(y - 1), x)
+
+    _, scales = jax.jit(jus.track_scales(f))(jnp.array([1.0, 3.0]), 2)
+    (stats,) = (t.forward for name, t in scales.items() if name.endswith("/sub"))
+    assert stats.size == 4 and stats.infinite == 1
+    want = np.sqrt((0 + 2**2 + (np.log(2) - 1) ** 2) / 3)
+    np.testing.assert_allclose(stats.scale, want, rtol=1e-6)
+
+
+def test_complex_numbers_count_as_two_each():
+    def loss(z):
+        return jnp.sum(jnp.abs(z * (1 + 2j)) ** 2)
+
+    z = lax.complex(X, 3 * X)
+    value, grad, scales = jus.track_value_and_grad(loss)(z)
+    want, want_grad = jax.value_and_grad(loss)(z)
+    np.testing.assert_array_equal(value, want)
+    np.testing.assert_array_equal(grad, want_grad)
+    check(scales["args/0"].forward, np.stack([z.real, z.imag]))
+    check(scales["args/0"].backward, np.stack([grad.real, grad.imag]))
+    product = np.asarray(z * (1 + 2j))
+    (name,) = (
+        n
+        for n in scales
+        if n.endswith("/mul") and "complex" in str(scales[n].site.dtype)
+    )
+    check(scales[name].forward, np.stack([product.real, product.imag]))
+
+
+@pytest.mark.parametrize("platform", [None, "cpu", "cuda", "default"])
+def test_numbers_of_64_bits_are_counted_as_they_are(monkeypatch, platform):
+    def elsewhere(*args, **by_platform):
+        return by_platform[platform](*args)
+
+    if platform:
+        monkeypatch.setattr(lax, "platform_dependent", elsewhere)
+    with jax.enable_x64(True):
+        jax.clear_caches()
+        x = np.array([1e60, -1e-60, 0.0, 3.0, 2.0**-9, np.inf])
+        w = X.astype(jnp.float64)
+        value, grads, scales = jus.track_value_and_grad(
+            lambda x, w: jnp.sum(jnp.sin(w @ w.T)) + 0 * x[3], argnums=1
+        )(x, w)
+        jax.clear_caches()
+        stats = scales["args/0"].forward
+        assert stats.largest.dtype == np.float64
+        assert stats.largest == 1e60 and stats.smallest == 1e-60
+        np.testing.assert_allclose(stats.scale, 1e60 / np.sqrt(5), rtol=1e-12)
+        assert stats.infinite == 1 and stats.zeros == 1 and stats.size == 6
+        assert stats.histogram[0] == stats.histogram[-1] == 1
+        np.testing.assert_array_equal(stats.overflow, [2, 2, 2])
+        np.testing.assert_array_equal(stats.underflow, [1, 1, 1])
+        # Beside it what has 32 bits, and a cotangent.
+        np.testing.assert_allclose(
+            scales["args/1"].backward.scale, np.sqrt(np.mean(grads**2)), rtol=1e-12
+        )
+        _, found = jax.jit(jus.track_scales(jnp.sin))(X)
+        check(found["args/0"].forward, X)
+
+
+def test_errors_name_the_argument():
+    for track in (jus.track_scales, jus.track_value_and_grad):
+        with pytest.raises(TypeError, match="`fn` must be a function or a module.* 3"):
+            track(3)
+        with pytest.raises(TypeError, match="`where` must be a function, got 3"):
+            track(loss, where=3)
+        with pytest.raises(TypeError, match="`formats` must be a mapping.*'a': 3"):
+            track(loss, formats={"a": 3})
+        with pytest.raises(TypeError, match="`formats` must be a mapping.*Format"):
+            track(loss, formats=jus.E4M3)
+    shape = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    with pytest.raises(TypeError, match="`args/0` must be an array.*ShapeDtypeStruct"):
+        jus.track_scales(loss)(shape, W)
+    # A function may ask for a shape alone.
+    y, _ = jus.track_scales(lambda x, like: x.reshape(like.shape))(
+        X[0], shape.update(shape=(2, 4))
+    )
+    assert y.shape == (2, 4)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "default"])
@@ -157,12 +246,19 @@ def test_shard_map_vmap_and_where():
         g = ft.partial(jax.shard_map, mesh=mesh, in_specs=P("d"), out_specs=P())
         return g(lambda x: lax.psum(jnp.sin(x).sum(), "d"))(x)
 
-    track = jus.track_value_and_grad(f, where=lambda s: s.name.endswith("sin"))
-    _, _, scales = jax.jit(track)(X)
-    assert len(scales) == 1
-    (tensor,) = scales.values()
-    check(tensor.forward, jnp.sin(X))
-    check(tensor.backward, jnp.ones_like(X))
+    value, grad, scales = jax.jit(jus.track_value_and_grad(f))(X)
+    want, want_grad = jax.jit(jax.value_and_grad(f))(X)
+    np.testing.assert_array_equal(value, want)
+    np.testing.assert_array_equal(grad, want_grad)
+    found = {t.site.name.split("/")[-1]: t for t in scales.values()}
+    check(found["sin"].forward, jnp.sin(X))
+    check(found["sin"].backward, jnp.ones_like(X))
+    # A sum over devices has a cotangent that does not vary over them.
+    summed = next(t for name, t in found.items() if name.startswith("psum"))
+    check(summed.forward, want)
+    check(summed.backward, 1.0)
+    one = jus.track_value_and_grad(f, where=lambda s: s.name.endswith("sin"))
+    assert len(one(X)[-1]) == 1
     _, _, scales = jax.vmap(jus.track_value_and_grad(lambda x: jnp.sin(x).sum()))(X)
     assert scales["args/0"].forward.size.shape == (4,)
 
@@ -213,3 +309,16 @@ def test_it_can_be_stacked_over_steps(t):
 
     scales = jax.jit(lambda xs: lax.scan(step, None, xs)[1])(jnp.stack([X, 2 * X]))
     check(jax.tree.map(lambda s: s[1], scales["up/dot_general"].forward), 2 * X @ W)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_gpu_counts_what_numpy_does(dtype):
+    shape = (700, 300)
+    # In float16 the half of each is exact, also where a compiler keeps it wider.
+    x = 2.0 ** jax.random.uniform(jax.random.key(2), shape, minval=-10, maxval=14)
+    x = x.at[:3].set(0).astype(dtype)
+    track = jax.jit(jus.track_value_and_grad(lambda x: jnp.sum(0.5 * x * x)))
+    _, grad, scales = track(x)
+    check(scales["args/0"].forward, x)
+    check(scales["args/0"].backward, grad)

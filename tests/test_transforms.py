@@ -263,6 +263,64 @@ def test_integer_products_are_none():
     same(simulate_fp8(lambda x: x @ x.T)(x), x @ x.T)
 
 
+@pytest.mark.parametrize(
+    "dtypes, why",
+    [
+        ((jnp.complex64, jnp.complex64), "operands are complex: complex64 and"),
+        ((jnp.bfloat16, jnp.float8_e4m3fn), "of different kinds: bfloat16 and float8"),
+        ((jnp.float8_e4m3fn, jnp.float32), "of different kinds: float8_e4m3fn and"),
+    ],
+)
+def test_operands_that_cannot_be_rounded_are_named(dtypes, why):
+    x, y = (normal(3, 3).astype(dtype) for dtype in dtypes)
+
+    @jax.jit
+    def f(x, y):
+        with jax.named_scope("here"):
+            dims = (((1,), (0,)), ((), ()))
+            return lax.dot_general(x, y, dims).astype(x.dtype)
+
+    with pytest.warns(UserWarning, match=rf"dot_general in here \(.*{why}"):
+        out = simulate_fp8(f)(x, y)
+    same(out, f(x, y))
+    (product,) = jus.products(f, x, y)
+    assert why in product.unrounded
+    leave = lambda p: None if p.unrounded else jus.SIMULATED_FP8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulate_fp8(f, choose=leave)(x, y)
+        narrow = [a.astype(jnp.float8_e4m3fn) for a in (x.real, y.astype(x.dtype).real)]
+        simulate_fp8(f)(*narrow)  # which have a format already
+
+
+def test_second_derivatives_are_those_of_the_rounded_passes():
+    """With rounding of derivative one, in both passes: so, g being the cotangent,
+    dx = r(g) q(w)^T is differentiated as g q(w)^T is, at the rounded numbers."""
+    x, w = normal(3, 4), normal(4, 5, seed=1)
+
+    def straight(x, format):
+        return x + lax.stop_gradient(jus.quantize(x, format) - x)
+
+    def gradients(x, w):
+        x, w = straight(x, E4M3), straight(w, E4M3)
+        g = straight(jnp.cos(x @ w), E5M2)
+        return g @ w.T, x.T @ g
+
+    loss = simulate_fp8(lambda x, w: jnp.sum(jnp.sin(x @ w)))
+    grad = jax.grad(loss, (0, 1))
+    same(grad(x, w), gradients(x, w))
+    found = jax.jit(jax.jacrev(grad, (0, 1)))(x, w)
+    # Sums of at most five terms, in another order where they are compiled.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
+        found,
+        jax.jacrev(gradients, (0, 1))(x, w),
+    )
+    assert min(np.abs(h).max() for h in jax.tree.leaves(found)) > 1
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.hessian(loss)(x, w)
+
+
 def test_what_cannot_be_opened_is_named():
     a, b = jnp.eye(3) * 3.1, normal(3)
 
@@ -544,6 +602,30 @@ def test_errors_name_the_argument():
         simulate_fp8(3)
     with pytest.raises(TypeError, match="`bwd_key` must be a typed random key"):
         simulate_fp8(jnp.matmul, bwd_key=jnp.zeros(2, jnp.uint32))
+    with pytest.raises(TypeError, match="`choose` must be a function.* got 3"):
+        simulate_fp8(jnp.matmul, choose=3)
     with pytest.raises(TypeError, match="(?s)`choose` must return.*E4M3|Format"):
         simulate_fp8(jnp.matmul, choose=lambda p: E4M3)(normal(2, 2), normal(2, 2))
     assert Formats() == Formats(None, None)
+
+
+@pytest.mark.gpu
+def test_a_gpu_rounds_operands_and_cotangents_under_jit():
+    """Against NumPy's casts: sums of 64 products of 8-bit numbers, each exact, are all
+    that differs; rounding moves them by percents."""
+    x, w, g = normal(32, 64), normal(64, 16, seed=1), normal(32, 16, seed=2)
+
+    def cast(x, format):
+        return np.asarray(x).astype(format.dtype).astype(np.float64)
+
+    @jax.jit
+    def both(x, w):
+        y, pull = jax.vjp(simulate_fp8(jnp.matmul), x, w)
+        return y, *pull(g)
+
+    with jax.default_matmul_precision("highest"):
+        found = both(x, w)
+    qx, qw, rg = cast(x, E4M3), cast(w, E4M3), cast(g, E5M2)
+    for got, want in zip(found, (qx @ qw, rg @ qw.T, qx.T @ rg), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=64 * 2**-20)
+    assert np.abs(found[0] - np.asarray(x, np.float64) @ np.asarray(w)).max() > 0.1

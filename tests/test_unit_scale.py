@@ -791,6 +791,54 @@ def test_the_report_names_what_sees_true_values():
     assert "2^0; zero or a mask's fill on the example arguments" in str(found["1"])
 
 
+def test_the_report_tells_zero_from_what_did_not_run():
+    def f(x):
+        y = lax.cond(x.sum() > 1e9, lambda: x @ x, lambda: jnp.tanh(x))
+        return lax.fori_loop(0, 0, lambda i, y: jnp.abs(y) * x, y) + jnp.sin(0 * x)
+
+    x = normal(4, 4)
+    u = unit_scale(f, x)
+    close(u(x), f(x))
+    _, scales = jus.track_scales(f)(x)
+    for scaled in (u, unit_scale(f, x, scales=scales)):
+        found = {h.site.name.split("/")[-1]: h for h in scaled.report()}
+        for name in ("dot_general", "abs"):
+            assert found[name].reason == "not seen on the example arguments"
+            assert math.isnan(found[name].scale)
+        assert math.isfinite(found["tanh"].scale)
+        assert "zero or a mask's fill" in found["sin"].reason
+        assert found["sin"].scale == -math.inf
+
+
+def test_numbers_beyond_float32_are_seen():
+    with jax.enable_x64(True):
+        x = np.asarray(normal(8, 8), np.float64) * 1e60
+        f = lambda x: (x @ x) * 1e-60
+        _, scales = jus.track_scales(f)(x)
+        for u in (unit_scale(f, x), unit_scale(f, x, scales=scales)):
+            found = [h for h in u.report() if h.site.name == "args/0"]
+            assert found[0].reason == "" and abs(found[0].exponent - 199) <= 1
+            np.testing.assert_allclose(u(x), f(x), rtol=1e-12)
+
+
+def test_complex_numbers_are_said_to_be_true():
+    def f(x):
+        z = lax.complex(x, 2 * x)
+        return jnp.abs(z * z)
+
+    x = normal(4, 8, scale=2.0**-9)
+    u = unit_scale(f, x)
+    close(u(x), f(x))
+    found = [h for h in u.report() if h.site.dtype == jnp.complex64]
+    assert len(found) == 2
+    for h, scale in zip(found, (-8, -16), strict=True):
+        assert h.reason.startswith("complex") and h.exponent == 0
+        assert abs(h.scale - scale) < 2
+    z = lax.complex(x, x)
+    (argument, *_) = unit_scale(lambda z: z.real, z).report()
+    assert argument.reason == "complex numbers have true values"
+
+
 def test_sources_are_known_inside_of_functions_of_jax():
     x = normal(4, 8)
     report = unit_scale(lambda x: jax.nn.log_softmax(x), x).report()
@@ -873,7 +921,25 @@ def test_another_function_is_refused():
         u([W, W])
 
 
+def test_what_was_static_and_is_not_is_named():
+    step = lambda w, x, rate: jnp.sum(x @ w) * rate
+    u = unit_scale(step, W, X, 0.5)
+    close(u(W, X, 0.25), step(W, X, 0.25))
+    with pytest.raises(ValueError, match=r"`args/2` .* got an array in place of stat"):
+        jax.jit(u)(W, X, 0.5)
+    close(jax.jit(u, static_argnums=2)(W, X, 0.5), step(W, X, 0.5))
+    u = unit_scale(step, W, X, jnp.asarray(0.5))
+    with pytest.raises(ValueError, match=r"`args/2` .* got static in place of an arr"):
+        u(W, X, 0.5)
+    close(jax.jit(u)(W, X, 0.5), step(W, X, 0.5))
+
+
 def test_what_it_cannot_use_is_refused():
+    with pytest.raises(TypeError, match=r"`fn` must be concrete.*closes over a traced"):
+        jax.jit(lambda w: unit_scale(lambda x: x @ w, X)(X))(W)
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    with pytest.raises(TypeError, match=r"`args/0` must be an array.*ShapeDtypeStruct"):
+        unit_scale(jnp.sin, shape)
     with pytest.raises(TypeError, match=r"`args/0` must be concrete.*outside of jit"):
         jax.jit(lambda x: unit_scale(jnp.sin, x)(x))(X)
     with pytest.raises(TypeError, match="`fn` must be a function"):
@@ -977,3 +1043,23 @@ def test_a_gradient_through_it_keeps_derivatives_of_their_own():
     loss = lambda x: 2.0**10 * _clipping()(x).sum()
     x = 2.0**-10 * jnp.ones(8)
     same(jax.grad(unit_scale(loss, x))(x), jax.grad(loss)(x))
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_in_simulated_fp8_what_it_cannot_naively():
+    """A loss of badly scaled weights: its cotangents are below E5M2's smallest."""
+    ws, x = [normal(64, 64, seed=i, scale=2.0**-9) for i in range(3)], normal(32, 64)
+
+    def loss(ws, x):
+        for w in ws:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    plain = jax.value_and_grad(loss)
+    fp8 = jax.value_and_grad(jus.simulate_fp8(loss))
+    with jax.default_matmul_precision("highest"):
+        want = jax.jit(plain)(ws, x)
+        close(jax.jit(unit_scale(plain, ws, x))(ws, x), want)
+        assert error(jax.jit(fp8)(ws, x), want) > 0.9
+        # Three mantissa bits err by 2^-4, cotangents' two by 2^-3, and less on average.
+        assert error(jax.jit(unit_scale(fp8, ws, x))(ws, x), want) < 0.25

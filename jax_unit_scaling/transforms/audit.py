@@ -28,12 +28,14 @@ from .._jaxpr import (
     Region,
     Side,
     flow_back,
+    is_inexact,
     is_installed,
     trace,
 )
 from ..fp8 import factors_of, is_product
 from ..op import OPS
 from ..scale import scaled
+from .track import with_arrays
 
 _PACKAGE = Path(__file__).parent.parent
 Verdict = Literal["true", "broken", "zero"]
@@ -158,12 +160,14 @@ def audit_gradients(
     Parts of one array, cut from it or put together in it, are taken for one value:
     where they have gradients false by different constants, the whole is broken.
     Functions with a `custom_vjp` of another origin count as true. Operations whose
-    factors agree are not to be seen in a jaxpr, nor need be.
+    factors agree are not to be seen in a jaxpr, nor need be. Complex parameters have
+    `jax.grad`'s gradients, whose real and imaginary parts are compared.
 
     Args:
         fn: a loss, as for `jax.grad`: not yet differentiated. It may take NNX or
             Equinox modules, whose variables stay as they are.
         argnums: which arguments are audited; a module that is `fn` itself always is.
+            Python floats in them count as arrays.
         has_aux: whether `fn` returns `(loss, aux)`.
 
     Returns:
@@ -171,8 +175,8 @@ def audit_gradients(
 
     Raises:
         TypeError: where called, if `fn` does not return a scalar, or contains a
-            backward pass already, in which factors are no more to be told apart; or if
-            an argument is traced.
+            backward pass already, in which factors are no more to be told apart; if
+            there is nothing of floating point to audit; or if an argument is traced.
     """
     wanted = check_argnums(fn, argnums)
 
@@ -220,7 +224,8 @@ def traced_loss(
             f"`argnums` must be numbers of the {len(args)} positional arguments, got "
             f"{argnums}."
         )
-    call = Call(fn, args, kwargs)
+    call = Call(fn, with_arrays(args, argnums), kwargs)
+    inputs = _audited(call, argnums)
     outs = [v.aval for v in call.region.jaxpr.outvars]
     is_real = bool(outs) and jnp.issubdtype(outs[0].dtype, jnp.floating)
     if not is_real or outs[0].shape != () or not call.gives_loss(has_aux):
@@ -229,20 +234,33 @@ def traced_loss(
             f"`jax.grad`{', and an auxiliary value' if has_aux else ''}, got "
             f"{outs[0] if outs else 'no array'}."
         )
-    if any(equation.is_backward for equation in call.region.walk()):
-        raise TypeError(
-            "`fn` must be the loss itself, but it computes gradients: give "
-            "`audit_gradients` what `jax.grad` was given."
-        )
-    # Leaves are called "args/0/..", and those of a module that is `fn` itself "fn/..".
-    roots = {("args", str(i)) for i in argnums}
-    inputs = [
-        i
-        for i, (path, x) in enumerate(zip(call.paths, call.leaves, strict=True))
-        if is_inexact(x)
-        and (path.startswith("fn") or tuple(path.split("/")[:2]) in roots)
-    ]
+    # What cannot be opened (a linear solve) may keep its own transpose.
+    for equation in call.region.walk(lambda equation: equation.can_be_opened):
+        if equation.is_backward:
+            raise TypeError(
+                "`fn` must be the loss itself, but it computes gradients, by "
+                f"{equation}: give `audit_gradients` what `jax.grad` was given."
+            )
     return call, inputs
+
+
+def _audited(call: Call, argnums: tuple[int, ...]) -> list[int]:
+    """The inputs of floating point in these arguments, and in `fn` itself."""
+    # Leaves are called "args/0/..", and those of a module that is `fn` itself "fn/..".
+    roots = [
+        tuple(path.split("/")[:2]) if is_inexact(x) else ()
+        for path, x in zip(call.paths, call.leaves, strict=True)
+    ]
+    wanted = [("args", str(i)) for i in argnums]
+    missing = [root[1] for root in wanted if root not in roots]
+    of_module = any(root[:1] == ("fn",) for root in roots)
+    if not of_module and (missing or not wanted):
+        raise TypeError(
+            "`argnums` must be of arguments with arrays of floating point, got "
+            f"{f'{missing[0]}, which has none' if missing else 'none'}: choose others, "
+            "or convert them."
+        )
+    return [i for i, r in enumerate(roots) if r[:1] == ("fn",) or r in wanted]
 
 
 def _gradients(
@@ -256,11 +274,15 @@ def _gradients(
 
         return jax.grad(loss)([leaves[i] for i in inputs])
 
-    return [np.asarray(g, np.float64) for g in gradients(call.leaves)]
+    return [
+        np.asarray(g, np.complex128 if jnp.iscomplexobj(g) else np.float64)
+        for g in gradients(call.leaves)
+    ]
 
 
 def _gradient(path: str, fact: "_Ratio | None", scaled: Any, true: Any) -> Gradient:
-    dot, norm, true_norm = np.vdot(scaled, true), *map(np.linalg.norm, (scaled, true))
+    dot = np.vdot(scaled, true).real
+    norm, true_norm = map(np.linalg.norm, (scaled, true))
     with np.errstate(invalid="ignore", divide="ignore"):
         cosine = float(np.divide(dot, norm * true_norm))
         ratio = float(np.divide(dot, true_norm**2))
@@ -584,10 +606,6 @@ def _short(function: str) -> str:
     if function.startswith("unit_scaled."):
         return "unit_scaled"
     return function.removesuffix(".__call__").split(".")[-1]
-
-
-def is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

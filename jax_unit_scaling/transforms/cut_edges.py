@@ -15,13 +15,12 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .._jaxpr import Equation, Region, is_literal
+from .._jaxpr import Equation, Region, is_inexact, is_literal
 from ..op import OPS
 from .audit import (
     FLAT,
     Operation,
     check_argnums,
-    is_inexact,
     is_opened,
     operations,
     table,

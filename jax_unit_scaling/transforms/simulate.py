@@ -47,6 +47,8 @@ class Product:
         is_backward: whether it is part of a backward pass that is written down in the
             function already, as in `jax.grad(loss)`.
         inside: the primitive of an equation around it that cannot be opened, or "".
+        unrounded: why its operands cannot be rounded (they are complex, or one is of 8
+            bits already), or "".
     """
 
     primitive: str
@@ -58,6 +60,7 @@ class Product:
     dtype: np.dtype
     is_backward: bool
     inside: str = ""
+    unrounded: str = ""
 
 
 Choice = Callable[[Product], Formats | None]
@@ -82,12 +85,14 @@ def simulate_format(
     already: there the products of the backward pass round their residual to `fwd` and
     their cotangent to `bwd`. Functions with a `custom_vjp` keep it, and the products in
     both their passes are rounded; so do those with a `custom_jvp` that has a product
-    in the function itself. Forward mode is refused by JAX where cotangents are
-    rounded. In a function that differentiates already, a cotangent is recognised if it
-    starts from a one, as in `jax.grad`; if there is none, from an argument that is used
-    for nothing before; if there is no such, from a number, as in `jax.vjp(loss,
-    x)[1](1024.0)`. It is not where it is computed from arguments: then transform the
-    function before it is differentiated.
+    in the function itself. Forward mode (`jax.jvp`, `jax.hessian`) is refused by JAX;
+    second derivatives by reverse mode (`jax.jacrev(jax.grad(loss))`) pass straight
+    through the rounding of both passes. In a function that differentiates already, a
+    cotangent is recognised if it starts from a one, as in `jax.grad`; if there is none,
+    from an argument that is used for nothing before; if there is no such, from a
+    number, as in `jax.vjp(loss, x)[1](1024.0)`. It is not where it is computed from
+    arguments: then transform the function before it is differentiated. Products of
+    integers, and of two operands of 8 bits, are left as they are.
     A function that is simulated already is rounded twice: to the same format that is
     the same. Inside of `unit_scale` or around it, differentiate first (see there).
 
@@ -107,12 +112,14 @@ def simulate_format(
         A function like `fn`; compile it with `jax.jit`, else each call traces anew.
 
     Raises:
-        TypeError: if a format is not a `Format`, or a key not a typed key; and by a
-            gradient of a `unit_scale`d loss in which a cotangent would be rounded.
+        TypeError: if a format is not a `Format`, `choose` no function, or a key not a
+            typed key; and by a gradient of a `unit_scale`d loss in which a cotangent
+            would be rounded.
 
     Warns:
         UserWarning: of products that are left as they were because what is around them
-            (a Pallas kernel, a linear solve) cannot be opened.
+            (a Pallas kernel, a linear solve) cannot be opened, or their operands cannot
+            be rounded: they are complex, or one is of 8 bits and the other wider.
 
     Reference: Unit Scaling (Blake et al., 2023), section 2.2 and appendix; FP8 formats
     for deep learning (Micikevicius et al., 2022).
@@ -120,6 +127,11 @@ def simulate_format(
     formats = Formats(fwd, bwd)
     if not callable(fn):
         raise TypeError(f"`fn` must be a function or a module, got {fn!r}.")
+    if choose is not None and not callable(choose):
+        raise TypeError(
+            "`choose` must be a function of a `Product` that returns `Formats` or "
+            f"None, got {choose!r}."
+        )
     keys = (_check_key("fwd_key", fwd_key), _check_key("bwd_key", bwd_key))
     pick = (lambda _: formats) if choose is None else choose
     shared = None if keys == (None, None) else keys
@@ -143,14 +155,14 @@ def products(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Product]
     """The products that `fn` computes for these arguments, in order.
 
     What `simulate_format` would do with each is `choose(product)`; those with `inside`
-    are out of its reach.
+    or `unrounded` are out of its reach.
     """
     return list(_products(Call(fn, args, kwargs).region, ""))
 
 
 def _products(region: Region, inside: str) -> Iterator[Product]:
     for equation in region.equations:
-        if _is_product(equation):
+        if _is_product(equation) or _unrounded(equation):
             yield _product(equation, inside)
         closed = inside or ("" if equation.can_be_opened else equation.primitive)
         for inner in equation.regions:
@@ -171,6 +183,19 @@ def _is_product(equation: Equation) -> bool:
     )
 
 
+def _unrounded(equation: Equation) -> str:
+    """Why the operands of a product of numbers wider than 8 bits cannot be rounded."""
+    if equation.primitive not in PRODUCTS or SCOPE in equation.scope:
+        return ""
+    dtypes = [aval.dtype for aval in equation.in_avals[:2]]
+    floating = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact)]
+    if _is_product(equation) or all(jnp.finfo(d).bits < 16 for d in floating):
+        return ""
+    is_complex = any(jnp.issubdtype(d, jnp.complexfloating) for d in floating)
+    kind = "complex" if is_complex else "of different kinds"
+    return f"operands are {kind}: {' and '.join(d.name for d in dtypes)}"
+
+
 def _product(equation: Equation, inside: str = "") -> Product:
     lhs, rhs = equation.in_avals[:2]
     return Product(
@@ -183,6 +208,7 @@ def _product(equation: Equation, inside: str = "") -> Product:
         np.dtype(lhs.dtype),
         equation.is_backward,
         inside,
+        _unrounded(equation),
     )
 
 
@@ -244,7 +270,7 @@ class _Simulate(Interpreter):
         return started
 
     def wants(self, equation: Equation) -> bool:
-        return _is_product(equation)
+        return _is_product(equation) or bool(_unrounded(equation))
 
     def opens(self, equation: Equation) -> bool:
         return equation.primitive == "custom_vjp_call" and not equation.is_own
@@ -261,6 +287,9 @@ class _Simulate(Interpreter):
                 f"`choose` must return `Formats` or None, got {formats!r} for "
                 f"{product}."
             )
+        if product.unrounded:
+            _warn(product, product.unrounded)
+            return self.leave(equation, *args), None
         cotangent = self._cotangent.get(equation.place)
         keys = side.shared or (None, None)
         scaled = UNIT_SCALED in equation.scope
@@ -289,16 +318,19 @@ class _Simulate(Interpreter):
     def left(self, equation: Equation) -> None:
         for product in _within(equation):
             if self._choose(product) is not None:
-                warnings.warn(
-                    f"simulate_format leaves {product.primitive} in "
-                    f"{product.path or '<no scope>'} ({product.source}) as it is: "
-                    f"{equation.primitive} around it cannot be opened. If that is "
-                    "meant, let `choose` return None for it.",
-                    stacklevel=2,
-                )
+                _warn(product, f"{equation.primitive} around it cannot be opened")
 
     def at(self, shared: Any, index: Any) -> Any:
         return tuple(k if k is None else jax.random.fold_in(k, index) for k in shared)
+
+
+def _warn(product: Product, why: str) -> None:
+    warnings.warn(
+        f"simulate_format leaves {product.primitive} in {product.path or '<no scope>'} "
+        f"({product.source}) as it is: {why}. If that is meant, let `choose` return "
+        "None for it.",
+        stacklevel=2,
+    )
 
 
 def _within(equation: Equation) -> Iterator[Product]:

@@ -24,10 +24,12 @@ from .._jaxpr import (
     Place,
     Side,
     flow,
+    is_inexact,
     is_literal,
     is_variable,
 )
 from ..formats import E4M3, E5M2, FP16, Format
+from ..op import varying
 
 # The binades of a histogram: below lies what no 16-bit float format but bfloat16 holds.
 LOWEST, HIGHEST = -48, 31
@@ -37,12 +39,13 @@ FORMATS: Mapping[str, Format] = {"FP16": FP16, "E5M2": E5M2, "E4M3": E4M3}
 class Stats(NamedTuple):
     """What a tensor's elements are like; in a scan with an axis for the iterations.
 
-    `scale` is their root mean square; `largest` and `smallest` are magnitudes, the
-    latter of those that are not zero; `total` is a sum, and all else are counts.
-    `histogram[i]` elements have magnitudes in [2^(i + LOWEST), 2^(i + LOWEST + 1)); the
-    first and the last binade also count what lies beyond. `underflow` and `overflow`
-    count for each format what would round to zero, and what lies beyond its largest
-    number.
+    Of its finite elements `scale` is the root mean square, `total` the sum, `largest`
+    and `smallest` are magnitudes, the latter of those that are not zero. All else are
+    counts: `nan` of what is not a number, `infinite` of infinities. `histogram[i]`
+    finite elements have magnitudes in [2^(i + LOWEST), 2^(i + LOWEST + 1)); the first
+    and the last binade also count what lies beyond. `underflow` and `overflow` count
+    for each format what would round to zero, and what lies beyond its largest number
+    (infinities too). A complex number counts as two elements.
     """
 
     size: Float[Array, "..."]
@@ -51,13 +54,19 @@ class Stats(NamedTuple):
     largest: Float[Array, "..."]
     smallest: Float[Array, "..."]
     zeros: Float[Array, "..."]
+    infinite: Float[Array, "..."]
+    nan: Float[Array, "..."]
     histogram: Float[Array, "... binades"]
     underflow: Float[Array, "... formats"]
     overflow: Float[Array, "... formats"]
 
     @property
+    def finite(self) -> Array:
+        return self.size - self.infinite - self.nan
+
+    @property
     def mean(self) -> Array:
-        return self.total / self.size
+        return self.total / self.finite
 
     @property
     def std(self) -> Array:
@@ -167,9 +176,10 @@ def track_scales(
     """`fn`, which then also returns the statistics of every floating-point tensor.
 
     Tracked are its arguments and what each equation gives, also inside jit, scan (with
-    an axis for the iterations), cond, remat and shard_map (over all devices);
-    a function with a derivative of its own counts as one equation. Of a while loop
-    all iterations come as one.
+    an axis for the iterations), cond, remat and shard_map (over all devices, so that
+    what each of n devices holds a copy of is counted n times); a function with a
+    derivative of its own counts as one equation. Of a while loop all iterations come as
+    one, and a branch of a cond that is not taken has a count of zero.
 
     If `fn` differentiates (`jax.value_and_grad(loss)`), the tensors of its backward
     pass are among them, as `is_backward`. For each tensor's cotangent beside the
@@ -183,10 +193,12 @@ def track_scales(
         A pure function that returns `(fn(...), Scales)`.
 
     Raises:
-        TypeError: where called, if `fn` is tracked already.
+        TypeError: if `fn`, `formats` or `where` is of another kind; and where called,
+            if `fn` is tracked already.
 
     Reference: Unit Scaling (Blake et al., 2023), figures 1 and A.1.
     """
+    _check(fn, formats, where)
 
     @ft.wraps(fn, updated=())
     def tracked(*args: Any, **kwargs: Any) -> tuple[Any, Scales]:
@@ -228,15 +240,17 @@ def track_value_and_grad(
         A pure function that returns `(value, gradients, Scales)`.
 
     Raises:
-        TypeError: where called, if `fn` does not return a scalar, is tracked already,
-            or an argument to be differentiated has nothing of floating point.
+        TypeError: if `fn`, `formats` or `where` is of another kind; and where called,
+            if `fn` does not return a scalar, is tracked already, or an argument to be
+            differentiated has nothing of floating point.
     """
+    _check(fn, formats, where)
     several = not isinstance(argnums, int)
     wanted: tuple[int, ...] = tuple(argnums) if several else (argnums,)  # type: ignore
 
     @ft.wraps(fn, updated=())
     def tracked(*args: Any, **kwargs: Any) -> tuple[Any, Any, Scales]:
-        call = _call(fn, _with_arrays(args, wanted), kwargs)
+        call = _call(fn, with_arrays(args, wanted), kwargs)
         if not call.gives_loss(has_aux):
             raise TypeError(
                 "`fn` must return a scalar loss, or with `has_aux=True` a pair of one "
@@ -267,7 +281,21 @@ def track_value_and_grad(
     return tracked
 
 
-def _with_arrays(args: tuple[Any, ...], wanted: Sequence[int]) -> tuple[Any, ...]:
+def _check(fn: Any, formats: Any, where: Any) -> None:
+    for name, value, what in (("fn", fn, " or a module"), ("where", where, "")):
+        if not callable(value):
+            raise TypeError(f"`{name}` must be a function{what}, got {value!r}.")
+    are_formats = isinstance(formats, Mapping) and all(
+        isinstance(f, Format) for f in formats.values()
+    )
+    if not are_formats:
+        raise TypeError(
+            "`formats` must be a mapping of names to `jax_unit_scaling.Format`s, such "
+            f"as {{'E4M3': jax_unit_scaling.E4M3}}, got {formats!r}."
+        )
+
+
+def with_arrays(args: tuple[Any, ...], wanted: Sequence[int]) -> tuple[Any, ...]:
     """Python numbers in what is differentiated as arrays; they are static elsewhere."""
     given = list(args)
     for i in wanted:
@@ -288,7 +316,7 @@ def _differentiable(call: Call, wanted: Sequence[int], n: int) -> list[int]:
             raise TypeError(
                 f"`argnums` must be numbers of the {n} positional arguments, got {i}."
             )
-        here = [j for j in call.inputs_of(i) if _is_float(call.leaves[j])]
+        here = [j for j in call.inputs_of(i) if is_inexact(call.leaves[j])]
         if not here:
             raise TypeError(
                 f"`argnums` must be of arguments with arrays of floating point, got "
@@ -339,7 +367,7 @@ def argument_sites(call: Call) -> list[Site | None]:
     """Where each input of a call stands; None if it is not floating point."""
     return [
         Site(path, "argument", x.shape, np.dtype(x.dtype), False, (i,))
-        if _is_float(x)
+        if is_inexact(x)
         else None
         for i, (path, x) in enumerate(zip(call.paths, call.leaves, strict=True))
     ]
@@ -371,7 +399,7 @@ def parameters(call: Call) -> dict[Place, str]:
         return b if a is None or a == b else a if b is None else several
 
     facts = [
-        path if _is_float(x) else None
+        path if is_inexact(x) else None
         for path, x in zip(call.paths, call.leaves, strict=True)
     ]
     flow(call.region, facts, transfer, join=join, bottom=None)
@@ -394,7 +422,7 @@ def sites(equation: Equation, parameter: str = "") -> list[Site | None]:
             equation.is_backward,
             (*equation.place, i),
         )
-        if _is_float(aval)
+        if is_inexact(aval)
         else None
         for i, aval in enumerate(equation.out_avals)
     ]
@@ -413,7 +441,7 @@ class _Track(Interpreter):
     def wants(self, equation: Equation) -> bool:
         whole = equation.primitive.startswith("custom_") or equation.is_own
         opened = equation.can_be_opened and not whole
-        return not opened and any(map(_is_float, equation.out_avals))
+        return not opened and any(map(is_inexact, equation.out_avals))
 
     def rewrite(
         self, equation: Equation, side: Side, *args: Any
@@ -450,7 +478,7 @@ class _Track(Interpreter):
         def one(tensor: Tensor) -> Tensor:
             stats = tensor.forward
             merged = Stats(*(x.sum(0) for x in stats))._replace(
-                scale=rms(stats.scale, stats.size, 0),
+                scale=rms(stats.scale, stats.finite, 0),
                 largest=stats.largest.max(0),
                 smallest=stats.smallest.min(0),
             )
@@ -466,10 +494,17 @@ def _probe(formats: tuple[Format, ...]) -> Callable[[Array, Tensor], Array]:
         return x
 
     def backward(caught: Tensor, g: Array) -> tuple[Array, Tensor]:
-        return g, dataclasses.replace(caught, forward=_stats(g, formats))
+        stats = jax.tree.map(_varying_as, _stats(g, formats), caught.forward)
+        return g, dataclasses.replace(caught, forward=stats)
 
     probe.defvjp(lambda x, caught: (x, caught), backward)
     return probe
+
+
+def _varying_as(x: Array, like: Array) -> Array:
+    """In a shard_map each device has a probe, also of what is the same on all."""
+    axes = tuple(sorted(varying(like) - varying(x)))
+    return lax.pcast(x, axes, to="varying") if axes else x
 
 
 # Jitted, so that it is traced once for all tensors of a shape.
@@ -477,32 +512,45 @@ def _probe(formats: tuple[Format, ...]) -> Callable[[Array, Tensor], Array]:
 def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
     """The statistics of one tensor.
 
-    A float32's bits without the sign are ordered as magnitudes are. So all counts are
+    A float's bits without the sign are ordered as magnitudes are. So all counts are
     differences of `above`: how many elements are at least each of the sorted `edges`.
     """
-    x = x.astype(jnp.float32)
-    bits = lax.bitcast_convert_type(x, jnp.int32) & _NAN
-    binades = [_bits(2.0**k) for k in range(LOWEST + 1, HIGHEST + 1)]
-    inf = _bits(math.inf)
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag])
+    wide = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+    integer = np.dtype(f"int{8 * wide.itemsize}")
+
+    def ordered(magnitude: float) -> int:
+        return int(np.asarray(magnitude, wide).view(integer))
+
+    def magnitude(bits: Array) -> Array:
+        return lax.bitcast_convert_type(bits, wide)
+
+    x = x.astype(wide)
+    bits = lax.bitcast_convert_type(x, integer) & np.iinfo(integer).max
+    binades = [ordered(2.0**k) for k in range(LOWEST + 1, HIGHEST + 1)]
+    inf = ordered(math.inf)
     # Half of the smallest number rounds to even: to zero.
-    kept = [_bits(f.smallest_subnormal / 2) + 1 for f in formats]
-    too_large = [_bits(f.max) + 1 for f in formats]
+    kept = [ordered(f.smallest_subnormal / 2) + 1 for f in formats]
+    too_large = [ordered(f.max) + 1 for f in formats]
     others = [1, inf, inf + 1, *kept, *too_large]
     edges = np.sort([*binades, *others])
 
     def scattered(bits: Array, *, tables: int = 1) -> Array:
-        exponent = (bits >> 23) - (_bits(2.0**LOWEST) >> 23)
-        passed = jnp.clip(exponent, 0, len(binades)) + sum(bits >= e for e in others)
+        shift = jnp.finfo(wide).nmant
+        exponent = (bits >> shift) - (ordered(2.0**LOWEST) >> shift)
+        passed = jnp.clip(exponent, 0, len(binades)).astype(jnp.int32)
+        passed += sum((bits >= e).astype(jnp.int32) for e in others)
         n = len(edges) + 1
         if tables > 1:
-            passed += n * (_number(bits.shape) % tables)
+            passed += n * (_number(bits.shape) % tables).astype(jnp.int32)
         counts = jnp.zeros(tables * n, jnp.int32)
         counts = counts.at[passed].add(1, mode="promise_in_bounds")
         between = counts.reshape(tables, n).sum(0)
-        return jnp.cumsum(between[::-1])[::-1]
+        return jnp.cumsum(between[::-1], dtype=jnp.int32)[::-1]
 
     def compared(bits: Array) -> Array:
-        least = jnp.asarray([0, *edges], jnp.int32)
+        least = jnp.asarray([0, *edges], integer)
         axes = tuple(range(bits.ndim))
         return jnp.sum(bits[..., None] >= least, axis=axes, dtype=jnp.int32)
 
@@ -517,18 +565,22 @@ def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
     wanted = [[0, 1, inf, inf + 1], kept, too_large, [1, *binades, inf]]
     found = above[np.searchsorted(edges, sum(wanted, []), side="right")]
     ends = np.cumsum(list(map(len, wanted)))[:-1]
-    (size, nonzero, _, nan), kept_by, beyond, at_least = jnp.split(
+    (size, nonzero, not_finite, nan), kept_by, beyond, at_least = jnp.split(
         found.astype(jnp.float32), ends
     )
-    largest = _magnitude(bits.max(initial=0))
-    relative = x / jnp.where(largest > 0, largest, 1)
+    is_finite = bits < inf
+    x, bits = jnp.where(is_finite, x, 0), jnp.where(is_finite, bits, 0)
+    largest = magnitude(bits.max(initial=0))
+    squares = (x / jnp.where(largest > 0, largest, 1)) ** 2
     return Stats(
         size=size,
         total=x.sum(),
-        scale=largest * jnp.sqrt(jnp.sum(relative**2) / max(x.size, 1)),
+        scale=largest * jnp.sqrt(squares.sum() / jnp.maximum(size - not_finite, 1)),
         largest=largest,
-        smallest=_magnitude(bits.min(initial=inf, where=bits > 0)),
+        smallest=magnitude(bits.min(initial=inf, where=bits > 0)),
         zeros=size - nonzero,
+        infinite=not_finite - nan,
+        nan=nan,
         histogram=at_least[:-1] - at_least[1:],
         underflow=nonzero - kept_by,
         overflow=beyond - nan,
@@ -541,18 +593,6 @@ def _number(shape: tuple[int, ...]) -> Array:
     for axis, n in enumerate(shape):
         number = number * n + lax.broadcasted_iota(jnp.uint32, shape, axis)
     return number
-
-
-# All bits of a float32 but the sign: the last NaN.
-_NAN = 0x7FFFFFFF
-
-
-def _bits(magnitude: float) -> int:
-    return int(np.float32(magnitude).view(np.int32))
-
-
-def _magnitude(bits: Array) -> Array:
-    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def rms(x: Array, weight: Array, axis: int | tuple[int, ...]) -> Array:
@@ -582,7 +622,3 @@ def _scales(records: Any, caught: Any, formats: Mapping[str, Format]) -> Scales:
 
 def _is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)

@@ -28,6 +28,7 @@ from .._jaxpr import (
     Region,
     Side,
     flow,
+    is_inexact,
     is_literal,
 )
 from ..formats import quantize
@@ -55,6 +56,8 @@ from .track import (
 CLOSE, NARROW, WIDE = 1.0, 2.0, 8.0
 # The log2 of the scale of what is zero, or was not seen.
 _NONE = -math.inf
+_ZERO = "zero or a mask's fill on the example arguments"
+_UNSEEN = "not seen on the example arguments"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +69,9 @@ class Held:
         exponent: the tensor is its data times 2^exponent; None for a constant of
             zeros or infinities, which are the same at any exponent.
         scale: log2 of its scale on the example arguments; -inf if it was zero or all
-            fill of a mask (infinite or about its dtype's largest number), NaN if it was
-            not seen.
+            fill of a mask (infinite, or about its dtype's largest number, or above 2^64
+            in dtypes of up to 32 bits), NaN if it was not seen: in a branch that was
+            not taken, in a loop that did not run, or left out of `scales`.
         reason: why it, or what it is computed from, is not unit-scaled; "" if it is.
     """
 
@@ -115,7 +119,12 @@ def unit_scale(
     as without it; `track_scales(unit_scale(...))` records the data.
 
     The example run is in float32 (or wider) with all rounding off: quantisation, casts
-    to 16 bits or fewer. A scan's iterations and a shard_map's devices share one k;
+    to 16 bits or fewer. What has an effect (`jax.debug.print`, `io_callback`) has it
+    once in this run as well. As exponents are static, data whose scale is far from the
+    example's is as far from unit scale, and can over- or underflow in a narrow dtype or
+    format: choose a typical batch, and transform anew when scales have moved.
+
+    A scan's iterations and a shard_map's devices share one k;
     so does what a loop carries. What is zero (a parameter initialised so, and all that
     is multiplied by it) has no scale: an argument keeps k = 0, a product of n terms is
     taken to have that of its operands times sqrt(n), and other results what their
@@ -168,11 +177,12 @@ class UnitScaled:
         ft.update_wrapper(self, fn, updated=())
         self._fn, self._scales = fn, scales
         self._region, self._arguments = call.region, argument_sites(call)
-        self._shapes = list(map(_shape, call.leaves))
+        self._shapes, self._paths = list(map(_shape, call.leaves)), call.paths
+        self._static = call.static
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = Call(self._fn, args, kwargs)
-        self._check(call.region)
+        self._check(call)
         with jax.named_scope(UNIT_SCALED):
             outs, _ = self._run(call.region, call.leaves)
         return call.result(outs)
@@ -201,9 +211,18 @@ class UnitScaled:
         outs, _ = interpreter.run(region, Side(), values)
         return list(map(interpreter.lower, outs)), interpreter
 
-    def _check(self, region: Region) -> None:
+    def _check(self, call: Call) -> None:
         """Exponents belong to places: there must be the same equations in them."""
-        theirs, ours = list(region.walk()), list(self._region.walk())
+        became = {*call.paths} & {*self._static}
+        for path in sorted(became | ({*call.static} & {*self._paths})):
+            kinds = ("an array", "static") if path in became else ("static", "an array")
+            raise ValueError(
+                f"`{path}` must be what it was in the example arguments of "
+                f"`unit_scale`, got {kinds[0]} in place of {kinds[1]}. Python numbers "
+                "are static, and arrays inside of jit: pass an array both times, such "
+                "as `jnp.asarray(0.5)`, or make it one of jit's `static_argnums`."
+            )
+        theirs, ours = list(call.region.walk()), list(self._region.walk())
         for new, old in zip(theirs, ours, strict=False):
             if (new.place, new.primitive) != (old.place, old.primitive):
                 raise ValueError(
@@ -211,7 +230,7 @@ class UnitScaled:
                     f"arguments of `unit_scale` did, but there is {new} in place of "
                     f"{old}. Call `unit_scale` on arguments like these."
                 )
-        n_new, n_old = len(region.jaxpr.invars), len(self._region.jaxpr.invars)
+        n_new, n_old = len(call.paths), len(self._paths)
         if len(theirs) != len(ours) or n_new != n_old:
             raise ValueError(
                 "The arguments must lead to the same equations as the example "
@@ -232,13 +251,15 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
 
 @ft.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["size", "scale"],
+    data_fields=["runs", "size", "scale"],
     meta_fields=["place"],
 )
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """The rms of a tensor's elements, and their number; with axes for iterations."""
+    """How often a tensor was computed, the number of elements that count and their rms;
+    with axes for iterations."""
 
+    runs: Float[Array, "..."]
     size: Float[Array, "..."]
     scale: Float[Array, "..."]
     place: Place
@@ -269,7 +290,11 @@ def _of_constants(call: Call) -> dict[Place, float]:
 
 def _scales(measured: Any) -> dict[Place, float]:
     found = jax.tree.leaves(measured, is_leaf=_is_measured)
-    return {x.place: _log2(x.size, x.scale) for x in jax.device_get(found)}
+    return {
+        x.place: _log2(x.size, x.scale)
+        for x in jax.device_get(found)
+        if np.sum(x.runs) > 0
+    }
 
 
 def _recorded(call: Call, scales: Scales) -> dict[Place, float]:
@@ -288,7 +313,11 @@ def _recorded(call: Call, scales: Scales) -> dict[Place, float]:
                 f"but it has {theirs.name} {theirs.shape} where `fn` has {instead}: "
                 "record again, `_, scales = track_scales(fn)(*example_args)`."
             )
-    return {t.site.place: _recorded_scale(t) for t in scales.tensors}
+    return {
+        t.site.place: _recorded_scale(t)
+        for t in scales.tensors
+        if np.sum(t.forward.size) > 0
+    }
 
 
 def _what(site: Site) -> tuple[str, tuple[int, ...]]:
@@ -300,7 +329,7 @@ def _recorded_scale(tensor: Tensor) -> float:
     stats = jax.tree.map(lambda x: np.asarray(x, np.float64), tensor.forward)
     fill = _fill(tensor.site.dtype)
     if np.max(stats.largest, initial=0) < fill:
-        return _log2(stats.size, stats.scale)
+        return _log2(stats.finite, stats.scale)
     # Of numbers spread evenly over a binade the mean square is 7/3 of its lowest.
     square = 7 / 3 * 4.0 ** np.arange(LOWEST, HIGHEST + 1)
     counts = stats.histogram.reshape(-1, square.size).sum(0)
@@ -363,37 +392,40 @@ class _Calibrate(Interpreter):
 
     def merge(self, records: Any) -> Any:
         def one(x: _Measured) -> _Measured:
-            return _Measured(x.size.sum(0), rms(x.scale, x.size, 0), x.place)
+            scale = rms(x.scale, x.size, 0)
+            return _Measured(x.runs.sum(0), x.size.sum(0), scale, x.place)
 
         return jax.tree.map(one, records, is_leaf=_is_measured)
 
 
 def _measure(x: Any, place: Place, dtype: Any = None) -> _Measured | None:
     """What is known of a tensor that has this dtype when it is not calibrated."""
-    if not _is_float(x):
+    if not (hasattr(x, "dtype") and is_inexact(x)):
         return None
     size, scale = _size_and_rms(x, jnp.dtype(dtype or x.dtype))
-    return _Measured(size, scale, place)
+    return _Measured(jnp.ones_like(size), size, scale, place)
 
 
 @ft.partial(jax.jit, static_argnames="dtype")
 def _size_and_rms(x: Any, dtype: np.dtype) -> tuple[Array, Array]:
-    size = jnp.abs(x.astype(jnp.float32))
+    size = jnp.abs(x)
+    size = size.astype(jnp.promote_types(size.dtype, jnp.float32))
     # What a float16 tensor would overflow to counts: it is not to.
     counts = (size < _fill(dtype)) | ((size > 4 * _fill(dtype)) & (size < _FILL))
-    weight = counts.astype(jnp.float32)
+    weight = counts.astype(size.dtype)
     axes = tuple(range(size.ndim))
     return weight.sum(), rms(jnp.where(weight > 0, size, 0.0), weight, axes)
 
 
 # What fills the place of masked logits is no part of a tensor's scale: infinities, what
 # is about as large, and numbers within a factor of two of the dtype's largest, before
-# or behind a subtraction of the maximum.
+# or behind a subtraction of the maximum. Where the dtype holds 1e60, that may be meant.
 _FILL = 2.0**64
 
 
 def _fill(dtype: Any) -> float:
-    return min(_FILL, float(jnp.finfo(dtype).max) / 2)
+    half = float(jnp.finfo(dtype).max) / 2
+    return half if dtype.type in (np.float64, np.complex128) else min(_FILL, half)
 
 
 def _is_measured(x: Any) -> bool:
@@ -498,15 +530,15 @@ class _UnitScale(Interpreter):
                 self._hold(site, x, reason)
         return outs, None
 
-    def _hold(self, site: Site, value: Scaled, reason: str) -> None:
-        scale = self._scales.get(site.place, math.nan)
-        unseen = {_NONE: "zero or a mask's fill on the example arguments"}.get(
-            scale, ""
-        )
-        unseen = "not seen on the example arguments" if math.isnan(scale) else unseen
-        unseen = "" if value.exponent is None else unseen
-        reason = "; ".join(filter(None, (reason, unseen)))
-        self.held[site.place] = Held(site, value.exponent, scale, reason)
+    def _hold(self, site: Site, value: Any, reason: str) -> None:
+        scale, exponent = self._scales.get(site.place, math.nan), _exponent(value)
+        if not isinstance(value, Scaled):
+            reason = reason or "complex numbers have true values"
+        elif exponent is not None and math.isnan(scale):
+            reason = "; ".join(filter(None, (reason, _UNSEEN)))
+        elif exponent is not None and scale == _NONE:
+            reason = "; ".join(filter(None, (reason, _ZERO)))
+        self.held[site.place] = Held(site, exponent, scale, reason)
 
     def carry(self, body: Region, values: Sequence[Any]) -> list[Any]:
         inputs, carried = self._inputs.get(body.place), list(values)
