@@ -1,11 +1,13 @@
 """A whole training step at a billion parameters, and a run of some hundred of them.
 
 A byte-pair language model on real text, remat of every block, float32 parameters,
-AdamW; the same data for all, and the same rate for both unit-scaled precisions.
+AdamW; the same data for all, and the same rate for both unit-scaled precisions: each
+model's is looked for in short trainings, among as many.
 """
 
 import dataclasses
 import functools as ft
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -29,15 +31,17 @@ from .model import NAMES, Kind, LanguageModel, Size
 class TrainConfig:
     """By default what the figures show."""
 
-    size: Size = Size(width=2048, hidden=7168, head_size=128, depth=16, batch=8)
+    size: Size = Size(batch=8)
     vocabulary: int = 32768
     data: Path | None = None
     characters: int | None = None  # of the text; None for all of it
     kinds: tuple[Kind, ...] = ("bf16", "bf16 unit", "fp8 unit")
     steps: int = 300
     plain_steps: int = 300  # of plain bfloat16
-    rate: float = 2**-1
-    plain_rate: float = 3e-4
+    log2_rates: tuple[float, ...] = (0, 1, 2)
+    """Of those tried, the best trains both precisions of the unit-scaled model."""
+    plain_log2_rates: tuple[float, ...] = (-13, -12, -11)
+    search_steps: int = 100  # with each; where there is one rate, none
     warmup: int = 50
     settled: int = 5  # steps before the clock starts
     weight_decay: float = 2**-13
@@ -50,20 +54,20 @@ def tokens(config: TrainConfig) -> Ids:
     return encode(byte_pairs(text, config.vocabulary), text)
 
 
-def _optimiser(config: TrainConfig, kind: Kind) -> optax.GradientTransformation:
-    plain = kind == "bf16"
-    peak = config.plain_rate if plain else config.rate
+def _optimiser(
+    config: TrainConfig, kind: Kind, peak: float
+) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup, config.steps)
-    if plain:
+    if kind == "bf16":
         return optax.adamw(rate, weight_decay=0.1)
     return jus.optim.adamw(rate, weight_decay=config.weight_decay)
 
 
-def training_step(config: TrainConfig, kind: Kind) -> tuple[Any, Any]:
-    """A step (state, inputs, targets) -> (state, loss), and a function of a key that
-    gives the state to begin with."""
+def training_step(config: TrainConfig, kind: Kind, peak: float) -> tuple[Any, Any]:
+    """A step (state, inputs, targets) -> (state, loss) at a peak learning rate, and a
+    function of a key that gives the state to begin with."""
     model = LanguageModel(config.size, kind, config.vocabulary)
-    optimiser = _optimiser(config, kind)
+    optimiser = _optimiser(config, kind, peak)
     loss_of = jus.cross_entropy if kind != "bf16" else _plain_loss
 
     def initial(key: jax.Array) -> Any:
@@ -85,8 +89,10 @@ def training_step(config: TrainConfig, kind: Kind) -> tuple[Any, Any]:
     return step, jax.jit(initial)
 
 
-def _train(config: TrainConfig, kind: Kind, ids: Ids) -> dict[str, Any]:
-    step, initial = training_step(config, kind)
+def _train(
+    config: TrainConfig, kind: Kind, ids: Ids, log2_rate: float
+) -> dict[str, Any]:
+    step, initial = training_step(config, kind, 2.0**log2_rate)
     state = initial(jax.random.key(config.seed))
     count = sum(x.size for x in jax.tree.leaves(state[0]))
 
@@ -103,7 +109,9 @@ def _train(config: TrainConfig, kind: Kind, ids: Ids) -> dict[str, Any]:
     steps = config.plain_steps if kind == "bf16" else config.steps
 
     def show(i: int, value: float) -> None:
-        print(f"{kind}: step {i}, loss {value:.4f} nats", file=sys.stderr)
+        print(
+            f"{kind}, 2^{log2_rate:g}: step {i}, loss {value:.4f} nats", file=sys.stderr
+        )
 
     _, losses, seconds = timed_steps(
         lambda state, i: program(state, *batch(i)),
@@ -116,6 +124,7 @@ def _train(config: TrainConfig, kind: Kind, ids: Ids) -> dict[str, Any]:
         "ms": seconds * 1e3,
         "tokens_per_s": config.size.batch * config.size.length / seconds,
         "parameters": count,
+        "log2_rate": log2_rate,
         "losses": losses,
     } | compiled
 
@@ -128,12 +137,29 @@ def _plain_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def train(
     config: TrainConfig, keep: Callable[[Any], None] = lambda result: None
 ) -> dict[str, Any]:
-    """Trains each kind in turn: its times, losses and memory. `keep` gets what there is
-    after each."""
+    """Looks for a learning rate for each model, then trains each kind in turn: its
+    times, losses and memory. `keep` gets what there is after each."""
     ids = tokens(config)
     print(f"{len(ids)} tokens", file=sys.stderr)
-    result: dict[str, Any] = {"tokens": len(ids), "times": {}}
+    result: dict[str, Any] = {"tokens": len(ids), "search": {}, "times": {}}
+    best: dict[bool, float] = {}
     for kind in config.kinds:
-        result["times"][NAMES[kind]] = _train(config, kind, ids)
+        plain = kind == "bf16"
+        rates = config.plain_log2_rates if plain else config.log2_rates
+        if plain not in best and len(rates) > 1:
+            tried = {rate: _searched(config, kind, ids, rate) for rate in rates}
+            result["search"][NAMES[kind]] = {f"{r:g}": x for r, x in tried.items()}
+            best[plain] = min(rates, key=lambda rate: tried[rate])
+        rate = best.get(plain, rates[0])
+        result["times"][NAMES[kind]] = _train(config, kind, ids, rate)
         keep(result)
     return result
+
+
+def _searched(config: TrainConfig, kind: Kind, ids: Ids, log2_rate: float) -> float:
+    """The mean loss of the last tenth of a short training."""
+    steps = config.search_steps
+    warmup = config.warmup * steps // config.steps
+    short = dataclasses.replace(config, steps=steps, plain_steps=steps, warmup=warmup)
+    losses = _train(short, kind, ids, log2_rate)["losses"]
+    return statistics.fmean(losses[-max(1, steps // 10) :])
