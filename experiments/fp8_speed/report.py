@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import re
-import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ import numpy as np
 
 from .measure import grouped
 from .model import NAMES
+from .train import LAST, final_loss
 
 RECORD = Path(__file__).parent / "figures" / "speed.json"
-LAST = 20  # steps whose losses are averaged
-
 Times = Mapping[str, Mapping[str, Any]]
 PLAIN, UNIT, FP8 = NAMES["bf16"], NAMES["bf16 unit"], NAMES["fp8 unit"]
 
@@ -88,6 +86,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("temporary GiB", "temporary_gib", lambda m: f"{m['temporary_gib']:.2f}"),
     ("compile s", "compile_s", lambda m: f"{m['compile_s']:.1f}"),
     ("tokens a second", "tokens_per_s", lambda m: f"{m['tokens_per_s']:.0f}"),
+    ("best rate", "log2_rate", lambda m: f"2^{m['log2_rate']:g}"),
     ("steps", "losses", lambda m: str(len(m["losses"]))),
 )
 
@@ -102,9 +101,7 @@ def table(times: Times) -> str:
         "against bfloat16",
         *(head for head, _, _ in columns),
     ]
-    # What trained for fewer steps has no loss to be compared.
-    steps = {name: len(m.get("losses", ())) for name, m in times.items()}
-    trained = max(steps.values()) > 0
+    trained = all("losses" in m for m in times.values())
     if trained:
         heads.append(f"loss of the last {LAST}, nats")
     rows = []
@@ -113,8 +110,7 @@ def table(times: Times) -> str:
         row = [name, f"{m['ms']:.2f}{spread}", f"{base / m['ms']:.2f}"]
         row += [text(m) for _, _, text in columns]
         if trained:
-            whole = steps[name] == max(steps.values())
-            row.append(f"{statistics.mean(m['losses'][-LAST:]):.4f}" if whole else "")
+            row.append(f"{final_loss(m):.4f}")
         rows.append(row)
     return _markdown(heads, rows)
 

@@ -66,8 +66,6 @@ class SpeedConfig:
                 vocabulary=300,
                 characters=2**14,
                 steps=4,
-                plain_steps=4,
-                search_steps=2,
                 log2_rates=self.train.log2_rates[:2],
                 plain_log2_rates=self.train.plain_log2_rates[:1],
                 warmup=1,
@@ -209,7 +207,17 @@ def _sweep(config: SpeedConfig, keep: Keep) -> dict[str, Any]:
 
 
 def _train(config: SpeedConfig, keep: Keep) -> dict[str, Any]:
-    return train(config.train, keep)
+    return train(config.train, keep, _earlier(config))
+
+
+def _earlier(config: SpeedConfig) -> dict[str, Any]:
+    """What the record has of this training already: it may have been stopped."""
+    record = json.loads(config.out.read_text()) if config.out.exists() else {}
+    part = record.get("train", {})
+    same = part.get("config", {}).get("train") == as_json(
+        dataclasses.asdict(config.train)
+    )
+    return dict(part["result"]) if same else {}
 
 
 PARTS: dict[Part, Callable[[SpeedConfig, Keep], dict[str, Any]]] = {

@@ -1,16 +1,17 @@
 """A whole training step at a billion parameters, and a run of some hundred of them.
 
 A byte-pair language model on real text, remat of every block, float32 parameters,
-AdamW; the same data for all, and the same rate for both unit-scaled precisions: each
-model's is looked for in short trainings, among as many.
+AdamW; the same data for all. Each model is trained at as many learning rates, and both
+unit-scaled precisions have the one that is best in bfloat16.
 """
 
 import dataclasses
 import functools as ft
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..shared.tokens import byte_pairs, encode
 from .measure import Compiled
 from .model import NAMES, Kind, LanguageModel, Size
 
+LAST = 20  # steps whose losses are averaged
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -37,11 +39,9 @@ class TrainConfig:
     characters: int | None = None  # of the text; None for all of it
     kinds: tuple[Kind, ...] = ("bf16", "bf16 unit", "fp8 unit")
     steps: int = 300
-    plain_steps: int = 300  # of plain bfloat16
-    log2_rates: tuple[float, ...] = (0, 1, 2)
-    """Of those tried, the best trains both precisions of the unit-scaled model."""
-    plain_log2_rates: tuple[float, ...] = (-13, -12, -11)
-    search_steps: int = 100  # with each; where there is one rate, none
+    log2_rates: tuple[float, ...] = (1, 2, 3)
+    """Of the unit-scaled model's first kind; others have the best of them."""
+    plain_log2_rates: tuple[float, ...] = (-14, -13, -12)
     warmup: int = 50
     settled: int = 5  # steps before the clock starts
     weight_decay: float = 2**-13
@@ -106,8 +106,6 @@ def _train(
     start = time.perf_counter()
     program = step.lower(state, *batch(0)).compile()
     compiled = Compiled.of(program, time.perf_counter() - start)
-    steps = config.plain_steps if kind == "bf16" else config.steps
-
     def show(i: int, value: float) -> None:
         print(
             f"{kind}, 2^{log2_rate:g}: step {i}, loss {value:.4f} nats", file=sys.stderr
@@ -116,7 +114,7 @@ def _train(
     _, losses, seconds = timed_steps(
         lambda state, i: program(state, *batch(i)),
         state,
-        steps=steps,
+        steps=config.steps,
         settled=config.settled,
         show=show,
     )
@@ -135,31 +133,41 @@ def _plain_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def train(
-    config: TrainConfig, keep: Callable[[Any], None] = lambda result: None
+    config: TrainConfig,
+    keep: Callable[[Any], None] = lambda result: None,
+    found: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Looks for a learning rate for each model, then trains each kind in turn: its
-    times, losses and memory. `keep` gets what there is after each."""
+    """Trains each kind at its rates, one after another: times, losses and memory.
+
+    Args:
+        config: what is trained.
+        keep: gets what there is after each training.
+        found: what an earlier call with this configuration kept; the rest is trained.
+
+    Returns:
+        Every training by kind and rate (`runs`), and of each kind the best (`times`).
+    """
     ids = tokens(config)
     print(f"{len(ids)} tokens", file=sys.stderr)
-    result: dict[str, Any] = {"tokens": len(ids), "search": {}, "times": {}}
+    runs: dict[str, dict[str, Any]] = dict((found or {}).get("runs", {}))
+    result = {"tokens": len(ids), "runs": runs, "times": {}}
     best: dict[bool, float] = {}
     for kind in config.kinds:
         plain = kind == "bf16"
         rates = config.plain_log2_rates if plain else config.log2_rates
-        if plain not in best and len(rates) > 1:
-            tried = {rate: _searched(config, kind, ids, rate) for rate in rates}
-            result["search"][NAMES[kind]] = {f"{r:g}": x for r, x in tried.items()}
-            best[plain] = min(rates, key=lambda rate: tried[rate])
-        rate = best.get(plain, rates[0])
-        result["times"][NAMES[kind]] = _train(config, kind, ids, rate)
+        own = runs.setdefault(NAMES[kind], {})
+        for rate in (best[plain],) if plain in best else rates:
+            if f"{rate:g}" not in own:
+                own[f"{rate:g}"] = _train(config, kind, ids, rate)
+                keep(result)
+        chosen = min(own.values(), key=final_loss)
+        best.setdefault(plain, chosen["log2_rate"])
+        result["times"][NAMES[kind]] = chosen
         keep(result)
     return result
 
 
-def _searched(config: TrainConfig, kind: Kind, ids: Ids, log2_rate: float) -> float:
-    """The mean loss of the last tenth of a short training."""
-    steps = config.search_steps
-    warmup = config.warmup * steps // config.steps
-    short = dataclasses.replace(config, steps=steps, plain_steps=steps, warmup=warmup)
-    losses = _train(short, kind, ids, log2_rate)["losses"]
-    return statistics.fmean(losses[-max(1, steps // 10) :])
+def final_loss(run: Mapping[str, Any]) -> float:
+    """The mean loss of the last twenty steps, in nats; infinite where it diverged."""
+    value = statistics.fmean(run["losses"][-LAST:])
+    return value if math.isfinite(value) else math.inf
