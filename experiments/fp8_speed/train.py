@@ -29,6 +29,7 @@ from .model import NAMES, Kind, LanguageModel, Size
 
 LAST = 20  # steps whose losses are averaged
 
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """By default what the figures show."""
@@ -106,6 +107,7 @@ def _train(
     start = time.perf_counter()
     program = step.lower(state, *batch(0)).compile()
     compiled = Compiled.of(program, time.perf_counter() - start)
+
     def show(i: int, value: float) -> None:
         print(
             f"{kind}, 2^{log2_rate:g}: step {i}, loss {value:.4f} nats", file=sys.stderr
