@@ -45,7 +45,7 @@ from jaxtyping import Array, Float
 from ._jaxpr import Equation, Interpreter, Side, flow, source, traced_from, transform
 from .arguments import check_dimension_numbers, checked
 from .formats import Format, Formats, ScaledFormats, quantize_bwd, quantize_fwd
-from .op import varying
+from .op import varying, varying_along
 from .scale import forward_only, scaled
 
 Product = Callable[[Array, Array], Array]
@@ -234,7 +234,7 @@ def dot_general(
     # Inside a `shard_map` the rule below gives each device's own part of a cotangent;
     # JAX adds them up where it knows that the operand is the same on all devices.
     axes = varying(lhs) | varying(rhs)
-    lhs, rhs = (_varying_along(x, axes) for x in (lhs, rhs))
+    lhs, rhs = (varying_along(x, axes) for x in (lhs, rhs))
     return _dot(how, lhs, rhs, both.out, both.lhs, both.rhs)
 
 
@@ -244,11 +244,6 @@ def _check_native(formats: Formats) -> None:
             "`formats` must be native, such as `jax_unit_scaling.NATIVE_FP8`, got "
             f"{formats}: `jax_unit_scaling.dot_general` simulates others."
         )
-
-
-def _varying_along(x: Array, axes: frozenset[str]) -> Array:
-    missing = tuple(sorted(axes - varying(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _explicit(x: Any) -> NamedSharding | None:

@@ -355,6 +355,12 @@ def varying(x: Any) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
+def varying_along(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """`x` as one that may differ along more axes of a `shard_map`."""
+    missing = tuple(sorted(axes - varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
 def axis_names(names: AxisName | None) -> tuple[str, ...]:
     """The names of axes as a tuple."""
     if names is None:

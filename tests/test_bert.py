@@ -568,7 +568,7 @@ def test_the_comparison_trains_what_is_missing_and_draws(folder, tmp_path, monke
 
 def test_a_family_s_first_kind_chooses_the_rate():
     def of(kind, rate, valid):
-        return compare.Run(kind, rate, (1.0,), valid, 1.0, 0)
+        return compare.Run(kind, rate, (1.0,), valid, 1.0, 0, "cpu", "0.10.2")
 
     config = bert.PRESETS["cpu"][1]
     found = [

@@ -17,7 +17,7 @@ from ..shared.layers import Parametrisation
 from ..shared.loop import timed_steps
 from ..shared.loss_scale import LossScale
 from ..shared.picture import Line, Panel, draw
-from ..shared.record import append_lines, environment, open_lines
+from ..shared.record import append_lines, environment, markdown, open_lines
 from .data import Text, load_text
 from .model import LARGE, TINY, ModelConfig
 from .pretrain import PretrainConfig, make_task
@@ -169,6 +169,8 @@ class Run:
     step_ms: float
     skipped: int
     """Steps that a dynamic factor on the loss left out."""
+    device: str
+    jax: str
 
 
 def run(config: Config) -> list[Run]:
@@ -233,7 +235,9 @@ def _train(config: Config, text: Text, name: str, log2_rate: float) -> Run:
     )
     valid, skipped = task.valid(state.params), int(state.scale.skipped)
     rounded = tuple(round(x, 4) for x in losses)
-    return Run(name, log2_rate, rounded, valid, seconds * 1e3, skipped)
+    about = environment()
+    where = about["device"], about["jax"]
+    return Run(name, log2_rate, rounded, valid, seconds * 1e3, skipped, *where)
 
 
 def final_loss(run: Run, steps: int) -> float:
@@ -278,19 +282,16 @@ def report(config: Config, found: Sequence[Run]) -> None:
     """Prints the table and writes it as Markdown; draws the curves beside it."""
     table = rows(config, found)
     Console(width=140).print(analysis.table(table))
-    columns = [*table[0]]
-    text = [columns, ["---"] * len(columns), *([*row.values()] for row in table)]
-    markdown = "".join(f"| {' | '.join(cells)} |\n" for cells in text)
-    (config.out / "table.md").write_text(markdown)
+    (config.out / "table.md").write_text(markdown(table) + "\n")
     runs = best(config, found)
     steps = min(len(r.losses) for r in runs)
     first = np.array(runs[0].losses[:steps])
     beside = [Line(r.kind, _smooth(r.losses[:steps] - first)) for r in runs]
     lines = [Line(r.kind, _smooth(r.losses)) for r in runs]
-    m, about = config.model, environment()
+    m = config.model
     note = (
         f"{m.depth} layers of {m.width}, {config.batch} x {config.length}, "
-        f"{config.optimiser}, seed {config.seed}; {about['device']}, jax {about['jax']}"
+        f"{config.optimiser}, seed {config.seed}; {runs[0].device}, jax {runs[0].jax}"
     )
     panels = (
         Panel("Masked-language-model loss", "step", "nats", lines),

@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from ..shared.record import markdown
 from .measure import grouped
 from .model import NAMES
 from .train import LAST, final_loss
@@ -116,8 +117,7 @@ def table(times: Times) -> str:
 
 
 def _markdown(heads: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown([dict(zip(heads, row, strict=True)) for row in rows])
 
 
 def _baseline(times: Times) -> float:

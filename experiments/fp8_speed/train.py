@@ -152,7 +152,7 @@ def train(
     ids = tokens(config)
     print(f"{len(ids)} tokens", file=sys.stderr)
     runs: dict[str, dict[str, Any]] = dict((found or {}).get("runs", {}))
-    result = {"tokens": len(ids), "runs": runs, "times": {}}
+    result: dict[str, Any] = {"tokens": len(ids), "runs": runs, "times": {}}
     best: dict[bool, float] = {}
     for kind in config.kinds:
         plain = kind == "bf16"

@@ -5,7 +5,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,13 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A table in Markdown; the first row's names head its columns."""
+    heads = [*rows[0]]
+    lines = [heads, ["---"] * len(heads), *([*row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def claim(out: Path, run: Mapping[str, Any]) -> None:

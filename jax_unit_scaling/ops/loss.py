@@ -22,7 +22,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer, Num
 
 from ..arguments import checked
-from ..op import AxisName, axis_size, check_bound, feature_pieces, varying
+from ..op import (
+    AxisName,
+    axis_size,
+    check_bound,
+    feature_pieces,
+    varying,
+    varying_along,
+)
 from ..scale import check_factor, scale_bwd, scale_fwd
 from .embedding import own_of_split
 
@@ -292,8 +299,7 @@ def _sum_over(x: Array, names: AxisName) -> Array:
 
 
 def _sum_over_bwd(names: AxisName, x: Array, g: Array) -> tuple[Array]:
-    axes = tuple(varying(x) - varying(g))
-    return (lax.pcast(g, axes, to="varying") if axes else g,)
+    return (varying_along(g, varying(x)),)
 
 
 _sum_over.defvjp(lambda x, names: (_sum_over(x, names), x), _sum_over_bwd)

@@ -29,7 +29,7 @@ from .._jaxpr import (
     is_variable,
 )
 from ..formats import E4M3, E5M2, FP16, Format
-from ..op import varying
+from ..op import varying, varying_along
 
 # The binades of a histogram: below lies what no 16-bit float format but bfloat16 holds.
 LOWEST, HIGHEST = -48, 31
@@ -503,8 +503,7 @@ def _probe(formats: tuple[Format, ...]) -> Callable[[Array, Tensor], Array]:
 
 def _varying_as(x: Array, like: Array) -> Array:
     """In a shard_map each device has a probe, also of what is the same on all."""
-    axes = tuple(sorted(varying(like) - varying(x)))
-    return lax.pcast(x, axes, to="varying") if axes else x
+    return varying_along(x, varying(like))
 
 
 # Jitted, so that it is traced once for all tensors of a shape.

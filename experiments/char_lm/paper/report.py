@@ -12,7 +12,7 @@ from rich.console import Console
 
 from jax_unit_scaling import analysis
 
-from ...shared.record import read_lines
+from ...shared.record import markdown, read_lines
 from .model import ModelConfig
 from .training import Setting
 
@@ -145,6 +145,19 @@ def rows(found: Sequence[Result]) -> list[dict[str, str]]:
     return table
 
 
+def summary(found: Sequence[Result]) -> list[dict[str, str]]:
+    """A row for each kind, a column for each model: test bits beside own float32."""
+    long = rows(found)
+    table: dict[str, dict[str, str]] = {}
+    for row in long:
+        line = table.setdefault(row["trained as"], {"trained as": row["trained as"]})
+        line[row["model"]] = row["beside own float32"] or row["test bits"]
+    models = dict.fromkeys(row["model"] for row in long)
+    return [
+        {n: line.get(n, "") for n in ("trained as", *models)} for line in table.values()
+    ]
+
+
 def _beside(result: Result, other: Result | None) -> str:
     if other is None or other is result:
         return ""
@@ -157,11 +170,10 @@ def report(path: Path) -> None:
     shared, lines = read_lines(path)
     found = results(as_runs(lines))
     table = rows(found)
+    print(markdown(summary(found)))
     Console(width=140).print(analysis.table(table))
-    columns = [*table[0]]
-    text = [columns, ["---"] * len(columns), *([*row.values()] for row in table)]
-    markdown = "".join(f"| {' | '.join(cells)} |\n" for cells in text)
-    path.with_name("table.md").write_text(markdown)
+    tables = (summary(found), table)
+    path.with_name("table.md").write_text("\n\n".join(map(markdown, tables)) + "\n")
     scatter(found, path.with_name("scatter.png"))
 
 
