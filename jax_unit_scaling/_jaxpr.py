@@ -49,7 +49,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import source_info_util
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 Place = tuple[int, ...]
 _PACKAGE = str(Path(__file__).parent)
@@ -614,8 +614,10 @@ def _differentiated(region: Region) -> Region:
 
 def _shard_map(self: Interpreter, equation: Equation, side: Side, args: Any) -> Outs:
     (region,), params = equation.regions, equation.params
-    axes = tuple(sorted(params["newly_manual_axes"]))
-    devices = math.prod(params["mesh"].shape[axis] for axis in axes)
+    mesh, axes = params["mesh"], tuple(sorted(params["newly_manual_axes"]))
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    # By a cotangent's type explicit axes split it, so they have to split the probes.
+    explicit = tuple(axis for axis in axes if axis in mesh.explicit_axes)
 
     def called(side: Side, *args: Value) -> Any:
         shared = _at(self, side.shared, lax.axis_index(axes))
@@ -625,7 +627,7 @@ def _shard_map(self: Interpreter, equation: Equation, side: Side, args: Any) -> 
 
     mapped = jax.shard_map(
         called,
-        mesh=params["mesh"],
+        mesh=mesh,
         in_specs=(Side(P(), P(axes)), *params["in_specs"]),
         out_specs=(list(params["out_specs"]), P(axes)),
         axis_names=set(axes),
@@ -635,7 +637,10 @@ def _shard_map(self: Interpreter, equation: Equation, side: Side, args: Any) -> 
     # Each device has probes of its own, whose cotangents are merged as records are.
     @jax.custom_vjp
     def spread(probes: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.stack([x] * devices), probes)
+        each = jax.tree.map(lambda x: jnp.stack([x] * devices), probes)
+        if not explicit:
+            return each
+        return jax.sharding.reshard(each, NamedSharding(mesh, P(explicit)))
 
     spread.defvjp(lambda x: (spread(x), None), lambda _, g: (self.merge(g),))
     outs, records = mapped(Side(side.shared, spread(side.probes)), *args)
@@ -1004,12 +1009,23 @@ class Call:
 
     def gives_loss(self, has_aux: bool) -> bool:
         """Whether it returns one array, or a pair of one and an auxiliary value, which
-        is the first output then."""
+        is the first output then.
+
+        Raises:
+            TypeError: if it was to return a pair, and does not.
+        """
         tree: Any = self._tree
         value = tree.children()[0]
         if has_aux:
-            pair = value.children()
-            value = pair[0] if len(pair) == 2 else value
+            node, parts = value.node_data(), value.children()
+            if node is None or len(parts) != 2 or not issubclass(node[0], tuple | list):
+                found = f"a {node[0].__name__} of {len(parts)}" if node else "one value"
+                raise TypeError(
+                    "`fn` must return a pair of a loss and an auxiliary value, as "
+                    f"`has_aux=True` says, got {found}: return `(loss, aux)`, or leave "
+                    "out `has_aux`."
+                )
+            value = parts[0]
         return jax.tree_util.treedef_is_leaf(value) and self._is_output[0]
 
     def argument(self, i: int, leaves: Sequence[Any]) -> Any:

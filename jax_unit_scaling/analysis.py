@@ -24,6 +24,7 @@ from .transforms.track import (
     Site,
     Stats,
     Tensor,
+    check_formats,
     computed as computed,
 )
 
@@ -92,8 +93,14 @@ def histograms(
     Above the histograms lie the ranges of `formats`: dark from the smallest normal
     number to the largest, light down to the smallest subnormal.
 
+    Raises:
+        TypeError: if `rows` or `formats` is of another kind.
+        ValueError: if `rows` do not have the same columns, one at least.
+
     Reference: Unit Scaling (Blake et al., 2023), log2|value| at initialisation.
     """
+    _check_histograms(rows)
+    check_formats(formats)
     columns = list(next(iter(rows.values())))
     figure, axes = _figure(len(rows), len(columns), width=3.1, height=2.6)
     everything = [h for row in rows.values() for h in row.values()]
@@ -119,6 +126,24 @@ def histograms(
             if j == 0:
                 panel.set_ylabel(f"{name}\nshare of values")
     return figure
+
+
+def _check_histograms(rows: Any) -> None:
+    are_rows = isinstance(rows, Mapping) and all(
+        isinstance(row, Mapping) and all(isinstance(h, Histogram) for h in row.values())
+        for row in rows.values()
+    )
+    if not are_rows:
+        raise TypeError(
+            "`rows` must be a mapping of names to mappings of columns to `Histogram`s, "
+            "such as {'model': {'weights': histogram(weights)}}, got "
+            f"{type(rows).__name__}."
+        )
+    columns = [tuple(row) for row in rows.values()]
+    if len({*columns}) != 1 or not columns[0]:
+        raise ValueError(
+            f"`rows` must have the same columns, one at least, got {columns}."
+        )
 
 
 # A thousandth of a panel's values would not be seen in it.
@@ -197,7 +222,11 @@ def rows(scales: Scales) -> list[Row]:
 
     The statistics are NumPy's, without axes. A tensor of a backward pass that is
     written down (`track_scales` of a function that differentiates) is `backward`.
+
+    Raises:
+        TypeError: if `scales` are none.
     """
+    _check(scales=scales)
     named = [(n, jax.tree.map(np.asarray, t)) for n, t in scales.items()]
     found = []
     # What one scan holds is computed iteration by iteration.
@@ -206,6 +235,16 @@ def rows(scales: Scales) -> list[Row]:
         for index in np.ndindex(shape):
             found += [_row(name, tensor, index) for name, tensor in tensors]
     return found
+
+
+def _check(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Scales):
+            raise TypeError(
+                f"`{name}` must be the `Scales` that `track_scales` or "
+                "`track_value_and_grad` returns last, got "
+                f"{type(value).__name__}."
+            )
 
 
 def _loop(tensor: Tensor) -> tuple[tuple[int, ...], Any]:
@@ -298,7 +337,11 @@ def summary(scales: Scales, *, title: str | None = None) -> "Table":
     of elements that each format loses, below (↓) its smallest number or above (↑) its
     largest. Yellow is a scale beyond 2^±4 or a loss above 0.1%, red is 2^±8 or 1%, or
     any element that is infinite or not a number.
+
+    Raises:
+        TypeError: if `scales` are none.
     """
+    _check(scales=scales)
     formats = [name for name, _ in scales.formats]
     made: Table = _extra("rich.table").Table(title=title, show_lines=False)
     made.add_column("tensor\nsource", overflow="fold")
@@ -438,8 +481,13 @@ def compare(a: Scales, b: Scales, *, names: Sequence[str] = ("a", "b")) -> Compa
     Tensors are matched by name; if no name is the same, by their order.
 
     Raises:
-        ValueError: if there is neither a common name nor the same number of tensors.
+        TypeError: if `a` or `b` is no `Scales`.
+        ValueError: if there is neither a common name nor the same number of tensors,
+            or if `names` are not two.
     """
+    _check(a=a, b=b)
+    if isinstance(names, str) or len(names) != 2:
+        raise ValueError(f"`names` must be two, of `a` and of `b`, got {names!r}.")
     records = []
     for x, y in _joined((a, b)):
         record: dict[str, Any] = {"tensor": getattr(x or y, "name", "")}
@@ -518,6 +566,7 @@ def stack(records: Sequence[Scales]) -> Scales:
 
 
 def _unstack(scales: Scales, steps: Sequence[int]) -> list[Scales]:
+    _check(scales=scales)
     lengths = {x.shape[:1] for x in jax.tree.leaves(scales)}
     if lengths != {(len(steps),)}:
         found = sorted(n[0] for n in lengths if n)
@@ -618,6 +667,7 @@ document.querySelectorAll("th").forEach((head, column) => head.onclick = () => {
 
 def save(scales: Scales, path: str | os.PathLike[str]) -> None:
     """Writes `scales` as an .npz file, for `load`."""
+    _check(scales=scales)
     sites = [
         dataclasses.asdict(t.site)
         | {"dtype": t.site.dtype.name, "has_backward": t.backward is not None}

@@ -208,6 +208,7 @@ def scale_by_umup(
 # `optax.inject_hyperparams` binds a call to the signature.
 
 
+@checked
 def adam(
     learning_rate: LearningRate,
     b1: ArrayLike = 0.9,
@@ -227,6 +228,7 @@ def adam(
     )
 
 
+@checked
 def adamw(
     learning_rate: LearningRate,
     b1: ArrayLike = 0.9,
@@ -259,6 +261,7 @@ def adamw(
     )
 
 
+@checked
 def lion(
     learning_rate: LearningRate,
     b1: ArrayLike = 0.9,
@@ -285,6 +288,7 @@ def lion(
     )
 
 
+@ft.partial(checked, but=["momentum"])  # which may be traced
 def sgd(
     learning_rate: LearningRate,
     momentum: ArrayLike | None = None,
@@ -331,6 +335,7 @@ def sgd(
     )
 
 
+@checked
 def muon(
     learning_rate: LearningRate,
     *,

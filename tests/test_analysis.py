@@ -204,6 +204,40 @@ def test_a_record_is_read_as_it_was_written(scales, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found, given)
 
 
+def test_what_is_no_record_is_refused(scales, tmp_path):
+    pair = (1.0, scales)
+    for name, show in {
+        "scales": lambda s: analysis.summary(s),
+        "a": lambda s: analysis.compare(s, scales),
+        "b": lambda s: analysis.compare(scales, s),
+    }.items():
+        with pytest.raises(TypeError, match=f"`{name}` must be the `Scales`.* tuple"):
+            show(pair)
+    for show in (analysis.rows, analysis.exponents, analysis.depth):
+        with pytest.raises(TypeError, match="`scales` must be the `Scales`.* dict"):
+            show({})
+    with pytest.raises(TypeError, match="`scales` must be the `Scales`.* tuple"):
+        analysis.timeline(pair, [0])
+    for write in (analysis.report, analysis.save):
+        with pytest.raises(TypeError, match="`scales` must be the `Scales`.* list"):
+            write([scales], tmp_path / "file")
+    for names in ("ab", ["a"]):
+        with pytest.raises(ValueError, match="`names` must be two"):
+            analysis.compare(scales, scales, names=names)
+
+
+def test_what_are_no_histograms_is_refused():
+    h = analysis.histogram([X])
+    for rows in (h, [h], {"a": h}, {"a": {"x": X}}):
+        with pytest.raises(TypeError, match="`rows` must be a mapping of names to map"):
+            analysis.histograms(rows)
+    for rows in ({}, {"a": {}}, {"a": {"x": h}, "b": {"y": h}}):
+        with pytest.raises(ValueError, match="`rows` must have the same columns"):
+            analysis.histograms(rows)
+    with pytest.raises(TypeError, match="`formats` must be a mapping"):
+        analysis.histograms({"a": {"x": h}}, formats=jus.E4M3)
+
+
 def test_only_what_is_computed_is_kept():
     def f(x):
         return jnp.sin(x.reshape(-1).astype(jnp.bfloat16)[:5]).sum() * jnp.cos(x)

@@ -221,11 +221,51 @@ def test_decoding_step_by_step_is_the_namesakes():
     for module in (unit, plain):
         module.init_cache(x.shape)
     for i in range(3):
-        got, want = (_call(m, x[:, i : i + 1]) for m in (unit, plain))
+        # The namesake's decoding is causal by itself; ours takes the factor from it.
+        got = _call(unit, x[:, i : i + 1], is_causal=True)
+        want = _call(plain, x[:, i : i + 1])
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     for name in ("cached_key", "cached_value", "cache_index"):
         a, b = (getattr(m, name)[...] for m in (unit, plain))
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["is_causal", "mask"])
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_decoding_is_what_was_trained_with_a_causal_mask_or_is_causal(api, masked):
+    x = _normal(0, 2, 12, 16)
+    mask = nnx.make_causal_mask(x[..., 0]) if masked else None
+    if api == "nnx":
+        module = jus.nnx.MultiHeadAttention(4, 16, decode=True, rngs=nnx.Rngs(0))
+        module.init_cache(x.shape)
+        causal = {} if masked else {"is_causal": True}
+        want = module(x, mask=mask, decode=False, **causal)
+        parts = [_call(module, part, **causal) for part in jnp.split(x, (5, 6), axis=1)]
+    else:
+        kind = ft.partial(
+            jus.linen.MultiHeadDotProductAttention, 4, is_causal=not masked
+        )
+        variables = kind(decode=True).init(jax.random.key(0), x)
+        params, cache = variables["params"], variables["cache"]
+        want = kind().apply({"params": params}, x, mask=mask)
+        parts = []
+        for part in jnp.split(x, (5, 6), axis=1):
+            y, new = kind(decode=True).apply(
+                {"params": params, "cache": cache}, part, mutable="cache"
+            )
+            cache = new["cache"]
+            parts.append(y)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), want, rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_past_the_caches_end_is_an_error_and_under_jit_nan():
+    x = _normal(0, 1, 2, 8)
+    eager, jitted = _attention(decode=True), _attention(decode=True)
+    eager(x)
+    with pytest.raises(ValueError, match="holds 2 of 3 positions, got 2 more"):
+        eager(x)
+    assert jnp.isfinite(_call(jitted, x)).all()
+    assert jnp.isnan(_call(jitted, x)).all()
 
 
 def test_attention_passes_metadata_on_and_knows_the_roles():

@@ -292,6 +292,12 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "lion", "sgd", "muon"])
+def test_a_rate_that_is_no_number_is_named(name):
+    with pytest.raises(TypeError, match="`learning_rate` must be .* got '0.1'"):
+        getattr(optim, name)("0.1")
+
+
 @pytest.mark.parametrize("call, match", WRONG.values(), ids=WRONG)
 def test_bad_input_gets_an_error_that_names_it(call, match):
     with pytest.raises(ValueError, match=match):

@@ -617,6 +617,15 @@ def test_native_products_on_a_mesh_with_explicit_axes(name, inside):
         assert same or b.sharding.is_fully_replicated
 
 
+@on_eight_devices
+def test_a_mixture_of_experts_refuses_tokens_on_explicit_axes():
+    layer = jus.nnx.MoE(8, 16, 4, rngs=nnx.Rngs(0))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(jnp.ones((16, 8)), NamedSharding(mesh, P("d")))
+    with pytest.raises(ValueError, match="`x` must not be sharded along its tokens"):
+        jax.jit(layer)(x)
+
+
 @pytest.mark.parametrize("module", ["LoRALinear", "Einsum", "LinearGeneral"])
 @on_eight_devices
 def test_layers_in_pieces_compute_what_the_whole_does(module):

@@ -1,5 +1,6 @@
 """track_scales: the statistics that NumPy computes, wherever a tensor stands."""
 
+import contextlib
 import functools as ft
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from test_sharding import on_eight_devices
 
 import jax_unit_scaling as jus
 from jax_unit_scaling.transforms.track import HIGHEST, LOWEST
@@ -158,6 +160,12 @@ def test_errors_name_the_argument():
             track(loss, formats={"a": 3})
         with pytest.raises(TypeError, match="`formats` must be a mapping.*Format"):
             track(loss, formats=jus.E4M3)
+    for argnums in (None, "x", 0.5, (0, None)):
+        with pytest.raises(TypeError, match="`argnums` must be the number of an arg"):
+            jus.track_value_and_grad(loss, argnums)
+    for argnums in (2, (0, -3)):
+        with pytest.raises(TypeError, match="`argnums` must be .* 2 positional"):
+            jus.track_value_and_grad(loss, argnums)(X, W)
     shape = jax.ShapeDtypeStruct((4, 8), jnp.float32)
     with pytest.raises(TypeError, match="`args/0` must be an array.*ShapeDtypeStruct"):
         jus.track_scales(loss)(shape, W)
@@ -166,6 +174,38 @@ def test_errors_name_the_argument():
         X[0], shape.update(shape=(2, 4))
     )
     assert y.shape == (2, 4)
+
+
+def test_with_an_auxiliary_value_a_loss_is_a_pair():
+    aux = lambda x, w: [loss(x, w), x]
+    value, _, _ = jus.track_value_and_grad(aux, has_aux=True)(X, W)
+    np.testing.assert_array_equal(value[1], X)
+    y = loss(X, W)
+    for out, found in (
+        (lambda y: y, "one value"),
+        (lambda y: (y,), "a tuple of 1"),
+        (lambda y: {"loss": y, "aux": y}, "a dict of 2"),
+        (lambda y: None, "a NoneType of 0"),
+    ):
+        with pytest.raises(TypeError, match=f"must return a pair.* got {found}"):
+            jus.track_value_and_grad(out, has_aux=True)(y)
+    for check in (jus.audit_gradients, jus.cut_edges):
+        with pytest.raises(TypeError, match="must return a pair.* got one value"):
+            check(loss, has_aux=True)(X, W)
+
+
+def test_an_error_in_where_names_the_tensor():
+    for name in ("args/0", "up/dot_general"):
+
+        def where(site, name=name):
+            if site.name == name:
+                raise KeyError("no")
+            return True
+
+        for track in (jus.track_scales, jus.track_value_and_grad):
+            with pytest.raises(KeyError) as error:
+                track(loss, where=where)(X, W)
+            assert any(f"in `where`, of {name} (" in n for n in error.value.__notes__)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "default"])
@@ -261,6 +301,38 @@ def test_shard_map_vmap_and_where():
     assert len(one(X)[-1]) == 1
     _, _, scales = jax.vmap(jus.track_value_and_grad(lambda x: jnp.sin(x).sum()))(X)
     assert scales["args/0"].forward.size.shape == (4,)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["arguments", "set_mesh"])
+@on_eight_devices
+def test_arrays_may_be_split_over_explicit_axes(inside):
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Explicit,) * 2)
+
+    def loss(x, w):
+        each = ft.partial(jax.shard_map, mesh=mesh, axis_names={"d"})
+        y = each(jnp.sin, in_specs=P("d"), out_specs=P("d"))(x @ w)
+        return jnp.sum(lax.scan(lambda y, _: (jnp.tanh(y), None), y, length=2)[0])
+
+    split = jax.device_put(
+        (X, 1e3 * W), (NamedSharding(mesh, P("d")), NamedSharding(mesh, P(None, "m")))
+    )
+    with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        want = jax.jit(jax.value_and_grad(loss, (0, 1)))(*split)
+        *got, scales = jax.jit(jus.track_value_and_grad(loss, (0, 1)))(*split)
+        _, forward = jax.jit(jus.track_scales(loss))(*split)
+    # Sums of 32 at most, compiled beside others.
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, 32 * 2.0**-23, 1e-6)
+    check(scales["args/1"].backward, got[1][1])
+    y, found = np.asarray(split[0]) @ np.asarray(split[1]), {}
+    for t in scales.values():
+        found.setdefault(t.site.name.split("/")[-1], t)
+    # A product's sums of 8 are in another order than NumPy's.
+    check(found["dot_general"].forward, y, 8 * 2.0**-24 * np.abs(y).max())
+    check(found["sin"].forward, jnp.sin(y), 1e-6)
+    for t, alone in zip(scales.values(), forward.values(), strict=True):
+        for a, b in zip(t.forward, alone.forward, strict=True):
+            np.testing.assert_allclose(a, b, 32 * 2.0**-23, 1e-6)
 
 
 def test_a_module_and_its_names():

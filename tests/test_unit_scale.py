@@ -189,6 +189,7 @@ class _Block(nnx.Module):
     def __init__(self, rngs):
         self.norm = nnx.LayerNorm(16, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs)
+        self.attention.key.bias = None  # whose gradient is the rounding of a zero
         self.up = nnx.Linear(16, 32, rngs=rngs)
         self.down = nnx.Linear(32, 16, rngs=rngs)
 
@@ -536,6 +537,75 @@ def test_fully_masked_rows_stay_finite_in_float16():
     np.testing.assert_allclose(y, f(x, mask), atol=2.0**-10)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("mask", ["added", "computed", "selected", "constant"])
+def test_rows_may_be_masked_in_full(dtype, mask):
+    """By a fill that logits of unit scale have no room for; also by later arguments."""
+    q, k = normal(8, 16), normal(8, 16, seed=1, scale=2.0**-8)
+    q, k = q.astype(dtype), k.astype(dtype)
+    fill = jnp.full((8, 8), jnp.finfo(dtype).min, dtype)
+    some, more = jnp.tri(8, dtype=bool), jnp.tri(8, k=-1, dtype=bool)
+    constant = jnp.where(more, 0, fill)
+
+    def attend(q, k, kept):
+        logits = q @ k.T * 0.25
+        match mask:
+            case "added":
+                logits += kept
+            case "computed":
+                logits += jnp.where(kept, jnp.zeros_like(fill), fill)
+            case "selected":
+                logits = jnp.where(kept, logits, fill)
+            case "constant":
+                logits += constant
+        return jax.nn.softmax(logits)
+
+    if mask == "added":
+        some, more = (jnp.where(kept, 0, fill) for kept in (some, more))
+    none = jnp.ones_like(some) if mask != "added" else jnp.zeros_like(some)
+    for example, kept in ((more, more), (some, more), (none, more), (more, some)):
+        got = unit_scale(attend, q, k, example)(q, k, kept)
+        # Products have 16 terms, the rows of a softmax 8, each rounded to the dtype.
+        atol = 8 * float(jnp.finfo(dtype).eps)
+        want = np.asarray(attend(q, k, kept), np.float32)
+        np.testing.assert_allclose(np.asarray(got, np.float32), want, 0, atol)
+
+
+def test_an_outlier_is_held_as_well():
+    """One number that float16 just holds, among some that are 2^26 smaller."""
+    x = jnp.full(64, 1e-3, jnp.float16).at[3].set(40000)
+    w = jnp.full((64, 2), 2.0**-10, jnp.float16)
+    f = lambda x, w: (-x, x.reshape(8, 8).T, x @ w)
+    for closed in (f, lambda x, w: f(jnp.flip(x), w), lambda y, w: f(x + y * 0, w)):
+        u = unit_scale(closed, x, w)
+        for got, want in zip(u(x, w), closed(x, w), strict=True):
+            np.testing.assert_allclose(got, want, 2.0**-10)
+    (argument,) = (h for h in u.report() if h.site.name == "args/0")
+    assert argument.exponent == 0 and "would overflow" in argument.reason
+    _, scales = jus.track_scales(f)(x, w)
+    recorded = unit_scale(f, x, w, scales=scales).report()
+    measured = unit_scale(f, x, w).report()
+    assert [h.exponent for h in recorded] == [h.exponent for h in measured]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_a_fill_beside_others_is_held_as_well(dtype):
+    x = normal(4, 4, scale=2.0**-6).astype(dtype)
+    bias = jnp.where(jnp.tri(4) > 0, 2.0**-6 * x, jnp.finfo(dtype).min)
+    same(unit_scale(jnp.add, x, bias)(x, bias), x + bias)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_what_is_infinite_stays_so_and_nothing_else_becomes(dtype):
+    x, none = normal(4, 4, scale=2.0**-6).astype(dtype), jnp.zeros((4, 4), dtype)
+    u = unit_scale(jnp.add, x, none)
+    for fill, is_infinite in ((-jnp.inf, True), (jnp.finfo(dtype).min, False)):
+        # Of numbers 2^5 larger than the example's.
+        y = u(32 * x, jnp.full_like(none, fill))
+        np.testing.assert_array_equal(np.isneginf(y), is_infinite)
+        assert not np.isnan(y).any()
+
+
 @pytest.mark.parametrize("name", ["MLP in jnp", "transformer in jnp"])
 def test_fp8_is_close_to_float32_where_naive_fp8_is_not(name):
     def gradients(divisor):
@@ -741,6 +811,52 @@ def test_collectives_and_shardings_move_powers_of_two_along():
         assert all(not h.reason for h in u.report())
 
 
+def _pooled(x, w):
+    y = lax.scan(lambda y, _: (jnp.sin(y @ w), y.sum(0)), x, length=2)[0]
+    return jax.checkpoint(jax.nn.silu)(y) @ jnp.eye(8) + halved(x * 3)
+
+
+@on_eight_devices
+def test_it_goes_into_a_shard_map_that_knows_what_varies():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    mapped = ft.partial(jax.shard_map, mesh=mesh, in_specs=(P("d"), P()))
+    x, w = normal(16, 8, scale=2.0**-9), normal(8, 8, seed=1, scale=2.0**7)
+    once = _grad(lambda x, w: jax.nn.silu(x @ w) * 3)
+    for u, f, out in (
+        (unit_scale(_pooled, x, w), _pooled, P("d")),
+        (_grad(unit_scale(_pooled, x, w)), _grad(_pooled), (P("d"), P())),
+        (unit_scale(once, x, w), once, (P("d"), P())),
+    ):
+        close(jax.jit(mapped(u, out_specs=out))(x, w), jax.jit(f)(x, w))
+
+
+@on_eight_devices
+def test_in_a_shard_map_data_has_the_same_exponents():
+    """Of what is rounded to E4M3: also of a copy, whose original is off its scale."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    x, w = normal(16, 32, scale=2.0**-9), jnp.exp(1.3 * normal(32, 32, seed=1))
+    args = x, w, normal(32, 32, seed=2) / w
+    f = lambda x, w, v: jnp.sin(x * w[0]) @ (w * v)
+    rounded = jus.simulate_format(unit_scale(f, *args))
+    mapped = jax.shard_map(
+        rounded, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=P("d")
+    )
+    close(jax.jit(mapped)(*args), jax.jit(rounded)(*args))
+
+
+@on_eight_devices
+def test_of_another_order_of_sums_over_devices_the_working_order_is_named():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    mapped = ft.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("d"), P()), out_specs=(P("d"), P())
+    )
+    x, w = normal(16, 8), normal(8, 8, seed=1)
+    f = _grad(_pooled)
+    with pytest.raises(ValueError, match=r"`unit_scale\(jax.shard_map\(fn, ...\)"):
+        mapped(unit_scale(f, x, w))(x, w)
+    close(jax.jit(unit_scale(mapped(f), x, w))(x, w), jax.jit(f)(x, w))
+
+
 # -- Modules ---------------------------------------------------------------------------
 
 
@@ -917,8 +1033,12 @@ def test_another_function_is_refused():
     ):
         u(W, False)
     u = unit_scale(lambda xs: sum(x @ W for x in xs), [W])
-    with pytest.raises(ValueError, match=r"of them on 2 arrays in place of .* on 1"):
+    with pytest.raises(ValueError, match="there are 2 arrays in place of 1"):
         u([W, W])
+    for last in (True, False):
+        u = unit_scale(lambda x, last: jnp.sin(x @ x) if last else x @ x, W, last)
+        with pytest.raises(ValueError, match="sin .* of nothing|nothing .* of sin"):
+            u(W, not last)
 
 
 def test_what_was_static_and_is_not_is_named():

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from ..shared.record import markdown
 from .measure import grouped
 from .model import NAMES
-from .train import LAST, final_loss
+from .train import LAST
 
 RECORD = Path(__file__).parent / "figures" / "speed.json"
 Times = Mapping[str, Mapping[str, Any]]
@@ -102,16 +103,20 @@ def table(times: Times) -> str:
         "against bfloat16",
         *(head for head, _, _ in columns),
     ]
-    trained = all("losses" in m for m in times.values())
+    trained = all("final_losses" in m for m in times.values())
     if trained:
-        heads.append(f"loss of the last {LAST}, nats")
+        heads += [f"loss of the last {LAST}, nats", "of each seed"]
     rows = []
     for name, m in times.items():
         spread = f" ({m['spread']:.2f})" if "spread" in m else ""
         row = [name, f"{m['ms']:.2f}{spread}", f"{base / m['ms']:.2f}"]
         row += [text(m) for _, _, text in columns]
         if trained:
-            row.append(f"{final_loss(m):.4f}")
+            losses = m["final_losses"]
+            row += [
+                f"{statistics.fmean(losses):.4f}",
+                " ".join(map("{:.4f}".format, losses)),
+            ]
         rows.append(row)
     return _markdown(heads, rows)
 

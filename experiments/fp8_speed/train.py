@@ -1,8 +1,9 @@
 """A whole training step at a billion parameters, and a run of some hundred of them.
 
 A byte-pair language model on real text, remat of every block, float32 parameters,
-AdamW; the same data for all. Each model is trained at as many learning rates, and both
-unit-scaled precisions have the one that is best in bfloat16.
+AdamW; the same data for all. Each model is trained at as many learning rates, both
+unit-scaled precisions have the one that is best in bfloat16, and all are trained from
+further seeds at theirs.
 """
 
 import dataclasses
@@ -40,13 +41,17 @@ class TrainConfig:
     characters: int | None = None  # of the text; None for all of it
     kinds: tuple[Kind, ...] = ("bf16", "bf16 unit", "fp8 unit")
     steps: int = 300
-    log2_rates: tuple[float, ...] = (1, 2, 3)
+    log2_rates: tuple[float, ...] = (0, 1, 2)
     """Of the unit-scaled model's first kind; others have the best of them."""
-    plain_log2_rates: tuple[float, ...] = (-14, -13, -12)
+    plain_log2_rates: tuple[float, ...] = (-13, -12, -11)
+    umup_embedding: bool = False
+    """Whether the unit-scaled embedding's rate has u-muP's factor width^-1/2. muP's, 1,
+    learns a large vocabulary in few steps."""
     warmup: int = 50
     settled: int = 5  # steps before the clock starts
     weight_decay: float = 2**-13
-    seed: int = 0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """The first is trained at all rates."""
 
 
 def tokens(config: TrainConfig) -> Ids:
@@ -61,7 +66,11 @@ def _optimiser(
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup, config.steps)
     if kind == "bf16":
         return optax.adamw(rate, weight_decay=0.1)
-    return jus.optim.adamw(rate, weight_decay=config.weight_decay)
+    return jus.optim.adamw(
+        rate,
+        weight_decay=config.weight_decay,
+        overrides=None if config.umup_embedding else {"*embedding": {"fan_in": 1}},
+    )
 
 
 def training_step(config: TrainConfig, kind: Kind, peak: float) -> tuple[Any, Any]:
@@ -91,17 +100,15 @@ def training_step(config: TrainConfig, kind: Kind, peak: float) -> tuple[Any, An
 
 
 def _train(
-    config: TrainConfig, kind: Kind, ids: Ids, log2_rate: float
+    config: TrainConfig, kind: Kind, ids: Ids, log2_rate: float, seed: int
 ) -> dict[str, Any]:
     step, initial = training_step(config, kind, 2.0**log2_rate)
-    state = initial(jax.random.key(config.seed))
+    state = initial(jax.random.key(seed))
     count = sum(x.size for x in jax.tree.leaves(state[0]))
 
     def batch(i: int) -> tuple[Any, Any]:
         size = config.size
-        b = train_batch(
-            ids, step=i, seed=config.seed, batch=size.batch, length=size.length
-        )
+        b = train_batch(ids, step=i, seed=seed, batch=size.batch, length=size.length)
         return b.inputs, b.targets
 
     start = time.perf_counter()
@@ -109,9 +116,8 @@ def _train(
     compiled = Compiled.of(program, time.perf_counter() - start)
 
     def show(i: int, value: float) -> None:
-        print(
-            f"{kind}, 2^{log2_rate:g}: step {i}, loss {value:.4f} nats", file=sys.stderr
-        )
+        place = f"{kind}, {_label(log2_rate, seed)}: step {i}"
+        print(f"{place}, loss {value:.4f} nats", file=sys.stderr)
 
     _, losses, seconds = timed_steps(
         lambda state, i: program(state, *batch(i)),
@@ -147,26 +153,40 @@ def train(
         found: what an earlier call with this configuration kept; the rest is trained.
 
     Returns:
-        Every training by kind and rate (`runs`), and of each kind the best (`times`).
+        Every training by kind, rate and seed (`runs`), and of each kind the best of the
+        first seed's, with the `final_losses` of all seeds at its rate (`times`).
     """
     ids = tokens(config)
     print(f"{len(ids)} tokens", file=sys.stderr)
     runs: dict[str, dict[str, Any]] = dict((found or {}).get("runs", {}))
     result: dict[str, Any] = {"tokens": len(ids), "runs": runs, "times": {}}
+
+    def trained(kind: Kind, rate: float, seed: int) -> Any:
+        own = runs.setdefault(NAMES[kind], {})
+        if (label := _label(rate, seed)) not in own:
+            own[label] = _train(config, kind, ids, rate, seed)
+            keep(result)
+        return own[label]
+
+    first, *further = config.seeds
     best: dict[bool, float] = {}
     for kind in config.kinds:
         plain = kind == "bf16"
         rates = config.plain_log2_rates if plain else config.log2_rates
-        own = runs.setdefault(NAMES[kind], {})
-        for rate in (best[plain],) if plain in best else rates:
-            if f"{rate:g}" not in own:
-                own[f"{rate:g}"] = _train(config, kind, ids, rate)
-                keep(result)
-        chosen = min(own.values(), key=final_loss)
+        tried = (best[plain],) if plain in best else rates
+        chosen = min((trained(kind, r, first) for r in tried), key=final_loss)
         best.setdefault(plain, chosen["log2_rate"])
-        result["times"][NAMES[kind]] = chosen
-        keep(result)
+        result["times"][NAMES[kind]] = chosen | {"final_losses": [final_loss(chosen)]}
+    for seed in further:
+        for kind in config.kinds:
+            run = trained(kind, best[kind == "bf16"], seed)
+            result["times"][NAMES[kind]]["final_losses"].append(final_loss(run))
+    keep(result)
     return result
+
+
+def _label(log2_rate: float, seed: int) -> str:
+    return f"2^{log2_rate:g}, seed {seed}"
 
 
 def final_loss(run: Mapping[str, Any]) -> float:

@@ -22,6 +22,9 @@ class Cache(NamedTuple):
     def extended(self, key: jax.Array, value: jax.Array) -> "Cache":
         """With keys and values behind those that are there.
 
+        Behind the end there is no room: where `filled` is known it is an error, and
+        under `jit` what is written is NaN.
+
         Raises:
             ValueError: if they do not fit.
         """
@@ -33,14 +36,19 @@ class Cache(NamedTuple):
                 f"shape {key.shape}: initialise the cache with the shape of the "
                 "longest input."
             )
+        filled = self.filled + length
+        if not isinstance(filled, jax.core.Tracer) and filled > room:
+            raise ValueError(
+                f"`inputs_q` must fit the cache, which holds {self.filled} of {room} "
+                f"positions, got {length} more: initialise it anew, longer if need be."
+            )
         start: tuple[Any, ...] = (*len(batch) * (0,), self.filled, 0, 0)
 
         def write(cache: jax.Array, x: jax.Array) -> jax.Array:
-            return lax.dynamic_update_slice(cache, x.astype(cache.dtype), start)
+            x = jnp.where(filled <= room, x, jnp.nan).astype(cache.dtype)
+            return lax.dynamic_update_slice(cache, x, start)
 
-        return Cache(
-            write(self.key, key), write(self.value, value), self.filled + length
-        )
+        return Cache(write(self.key, key), write(self.value, value), filled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +86,10 @@ class Attention:
         positions = None
         if cache is not None:
             positions = cache.filled + jnp.arange(query.shape[-3])
+            if not is_causal:
+                # Hidden by a mask, as such a model is trained: factors do not see it.
+                seen = jnp.arange(cache.key.shape[-3]) <= positions[:, None]
+                mask = seen if mask is None else jnp.logical_and(seen, mask)
         if self.rotary_base is not None:
             turns = positions if input_positions is None else input_positions
             query, key = (rotary(x, turns, base=self.rotary_base) for x in (query, key))
@@ -94,7 +106,7 @@ class Attention:
             None,
             positions,
             dropout_rng,
-            is_causal=is_causal or cache is not None,
+            is_causal=is_causal,
             local_window_size=self.local_window_size,
             length=self.length,
             mult=self.mult,

@@ -47,7 +47,9 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, ScaledBlock)
         length: the length of training, as in `dot_product_attention`. Give it where
             the model also sees other lengths; without it a call's own counts, and in
             decoding the cache's.
-        is_causal: whether a position sees only those up to its own.
+        is_causal: whether a position sees only those up to its own. The factors are
+            then those of causal attention, in decoding too; with a causal mask alone
+            those of attention to all keys. Decode as in training.
         implementation: as in `dot_product_attention`: "cudnn" is faster on a GPU.
         model_axis_name: axes over which the heads are split, inside `shard_map`.
         formats: the number formats of its projections, and of attention's inputs; for
@@ -56,7 +58,8 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, ScaledBlock)
 
     Its softmax is in float32 at least, whatever `force_fp32_for_softmax` says, and
     einsums for its inside need an `attention_fn` that takes them. Decoding takes any
-    number of tokens at a time: the output does not depend on how a sequence is cut.
+    number of tokens at a time: the output does not depend on how a sequence is cut. A
+    position behind the cache's end is an error, and under `jit` NaN.
 
     The gradient of a value's bias (`use_bias`) grows with the length as in
     `jax_unit_scaling.nnx.MultiHeadAttention`, which says by what law.

@@ -83,6 +83,9 @@ def mixture_of_experts(
 
     Returns:
         y, and the router's losses, which are zero for no tokens.
+
+    Raises:
+        ValueError: if an argument does not fit, or `x` is sharded over explicit axes.
     """
     if num_experts < 2:
         raise ValueError(f"`num_experts` must be 2 or more, got {num_experts}.")
@@ -95,6 +98,7 @@ def mixture_of_experts(
     check_bound("batch_axis_name", batch_axis_name)
     if not x.shape:
         raise ValueError("`x` must be [*batch, features], got a scalar.")
+    _check_sharding(x)
     tokens = x.reshape(-1, x.shape[-1])
     scales = _router_scales(num_experts, num_selected, float(mult))
     # The cotangent of a weight is a product over the features.
@@ -112,6 +116,17 @@ def mixture_of_experts(
     outputs = scale_bwd(outputs, num_selected**0.5)
     y = jnp.sum(outputs * weights[..., None], axis=1).astype(outputs.dtype)
     return y.reshape(x.shape), _losses(logits, chosen, mult, scales, batch_axis_name)
+
+
+def _check_sharding(x: Array) -> None:
+    """Refuses tokens that are split over explicit axes: JAX does not sort those."""
+    spec = jax.typeof(x).sharding.spec
+    if any(axes is not None for axes in spec[: x.ndim - 1]):
+        raise ValueError(
+            f"`x` must not be sharded along its tokens over a mesh's explicit axes, "
+            f"got {spec}: tokens are sorted by expert, which JAX does over axes of "
+            "`AxisType.Auto` and inside `shard_map` alone."
+        )
 
 
 def _choose(logits: Array, k: int) -> tuple[Array, Array]:

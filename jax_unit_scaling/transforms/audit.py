@@ -35,7 +35,7 @@ from .._jaxpr import (
 from ..fp8 import factors_of, is_product
 from ..op import OPS
 from ..scale import scaled
-from .track import with_arrays
+from .track import numbers, with_arrays
 
 _PACKAGE = Path(__file__).parent.parent
 Verdict = Literal["true", "broken", "zero"]
@@ -174,9 +174,10 @@ def audit_gradients(
         A function of `fn`'s arguments that returns an `Audit`.
 
     Raises:
-        TypeError: where called, if `fn` does not return a scalar, or contains a
-            backward pass already, in which factors are no more to be told apart; if
-            there is nothing of floating point to audit; or if an argument is traced.
+        TypeError: if `fn` or `argnums` is of another kind; and where called, if `fn`
+            does not return a scalar (or with `has_aux` a pair), or contains a backward
+            pass already, in which factors are no more to be told apart; if there is
+            nothing of floating point to audit; or if an argument is traced.
     """
     wanted = check_argnums(fn, argnums)
 
@@ -202,8 +203,8 @@ def audit_gradients(
 def check_argnums(fn: Any, argnums: int | Sequence[int]) -> tuple[int, ...]:
     if not callable(fn):
         raise TypeError(f"`fn` must be a function or a module, got {fn!r}.")
-    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    if not all(isinstance(i, int) and i >= 0 for i in wanted):
+    wanted = numbers(argnums)
+    if any(i < 0 for i in wanted):
         raise TypeError(
             f"`argnums` must be numbers of arguments, from 0 on, got {argnums!r}."
         )

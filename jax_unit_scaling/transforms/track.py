@@ -8,13 +8,15 @@ tensor's. So everything stays a pure function, and the memory is that of the num
 import dataclasses
 import functools as ft
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 
 from .._jaxpr import (
@@ -240,13 +242,13 @@ def track_value_and_grad(
         A pure function that returns `(value, gradients, Scales)`.
 
     Raises:
-        TypeError: if `fn`, `formats` or `where` is of another kind; and where called,
-            if `fn` does not return a scalar, is tracked already, or an argument to be
-            differentiated has nothing of floating point.
+        TypeError: if `fn`, `argnums`, `formats` or `where` is of another kind; and
+            where called, if `fn` does not return a scalar (or with `has_aux` a pair),
+            is tracked already, or an argument to be differentiated has nothing of
+            floating point.
     """
     _check(fn, formats, where)
-    several = not isinstance(argnums, int)
-    wanted: tuple[int, ...] = tuple(argnums) if several else (argnums,)  # type: ignore
+    wanted = numbers(argnums)
 
     @ft.wraps(fn, updated=())
     def tracked(*args: Any, **kwargs: Any) -> tuple[Any, Any, Scales]:
@@ -276,6 +278,7 @@ def track_value_and_grad(
         leaves |= zip(inputs, found, strict=True)
         grads = tuple(call.argument(i, [*leaves.values()]) for i in wanted)
         out = call.result(outs)
+        several = isinstance(argnums, Iterable)
         return out, grads if several else grads[0], _scales(records, caught, formats)
 
     return tracked
@@ -285,6 +288,10 @@ def _check(fn: Any, formats: Any, where: Any) -> None:
     for name, value, what in (("fn", fn, " or a module"), ("where", where, "")):
         if not callable(value):
             raise TypeError(f"`{name}` must be a function{what}, got {value!r}.")
+    check_formats(formats)
+
+
+def check_formats(formats: Any) -> None:
     are_formats = isinstance(formats, Mapping) and all(
         isinstance(f, Format) for f in formats.values()
     )
@@ -293,6 +300,18 @@ def _check(fn: Any, formats: Any, where: Any) -> None:
             "`formats` must be a mapping of names to `jax_unit_scaling.Format`s, such "
             f"as {{'E4M3': jax_unit_scaling.E4M3}}, got {formats!r}."
         )
+
+
+def numbers(argnums: int | Sequence[int]) -> tuple[int, ...]:
+    """The numbers of arguments, of which there may be one."""
+    try:
+        several = argnums if isinstance(argnums, Iterable) else (argnums,)
+        return tuple(map(operator.index, several))
+    except TypeError:
+        raise TypeError(
+            "`argnums` must be the number of an argument, or a sequence of them, got "
+            f"{argnums!r}."
+        ) from None
 
 
 def with_arrays(args: tuple[Any, ...], wanted: Sequence[int]) -> tuple[Any, ...]:
@@ -456,13 +475,20 @@ class _Track(Interpreter):
         """The values, on their way through probes, and a record of those with sites."""
         records, outs = {}, list(values)
         for i, site in enumerate(sites):
-            if site is None or not self._where(site):
+            if site is None or not self._is_wanted(site):
                 continue
             if side.probes is not None:
                 outs[i] = _probe(self._formats)(outs[i], side.probes[str(i)])
             stats = _stats(lax.stop_gradient(outs[i]), self._formats)
             records[str(i)] = Tensor(stats, None, site)
         return outs, records
+
+    def _is_wanted(self, site: Site) -> bool:
+        try:
+            return self._where(site)
+        except Exception as e:
+            e.add_note(f"This happened in `where`, of {site.name} ({site.source}).")
+            raise
 
     def empty(self, record: Any) -> Any:
         def one(tensor: Tensor) -> Tensor:
@@ -509,7 +535,20 @@ def _varying_as(x: Array, like: Array) -> Array:
 # Jitted, so that it is traced once for all tensors of a shape.
 @ft.partial(jax.jit, static_argnums=1)
 def _stats(x: Array, formats: tuple[Format, ...]) -> Stats:
-    """The statistics of one tensor.
+    """The statistics of one tensor."""
+    mesh = jax.typeof(x).sharding.mesh
+    if not mesh.explicit_axes:
+        return _counted(x, formats)
+    # JAX would refuse to count at places that are split: the compiler chooses how.
+    return jax.sharding.auto_axes(
+        ft.partial(_counted, formats=formats),
+        axes=mesh.explicit_axes,
+        out_sharding=NamedSharding(mesh, P()),
+    )(x)
+
+
+def _counted(x: Array, formats: tuple[Format, ...]) -> Stats:
+    """The statistics of one tensor, none of whose axes is split explicitly.
 
     A float's bits without the sign are ordered as magnitudes are. So all counts are
     differences of `above`: how many elements are at least each of the sorted `edges`.

@@ -11,12 +11,13 @@ import contextlib
 import dataclasses
 import functools as ft
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from .._jaxpr import (
@@ -58,6 +59,7 @@ CLOSE, NARROW, WIDE = 1.0, 2.0, 8.0
 _NONE = -math.inf
 _ZERO = "zero or a mask's fill on the example arguments"
 _UNSEEN = "not seen on the example arguments"
+_LARGE = "at unit scale its largest numbers, a mask's fill or others, would overflow"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,10 @@ def unit_scale(
     float32's range. Arguments and results have their true values, so that optimisers
     and checkpoints see nothing new.
 
+    Where a number would overflow that the dtype holds truly (one of 4e4 among some of
+    1e-3 in float16, or the fill of a mask that is added to logits), k is larger. If it
+    is only in later arguments, it becomes the largest that there is at this k.
+
     Linear and homogeneous operations move the powers of two along: those of a product's
     operands add up, a sum's operands are brought to the same one, a quotient's are
     subtracted, a root's halved. Others (exp, tanh, ...) see true values. A cast, and
@@ -124,11 +130,13 @@ def unit_scale(
     example's is as far from unit scale, and can over- or underflow in a narrow dtype or
     format: choose a typical batch, and transform anew when scales have moved.
 
-    A scan's iterations and a shard_map's devices share one k;
-    so does what a loop carries. What is zero (a parameter initialised so, and all that
-    is multiplied by it) has no scale: an argument keeps k = 0, a product of n terms is
-    taken to have that of its operands times sqrt(n), and other results what their
-    operands give.
+    A scan's iterations and a shard_map's devices share one k; so does what a loop
+    carries. The result may be called inside of a `jax.shard_map`, but for a function
+    that differentiates and whose gradients JAX sums there in another order.
+
+    What is zero (a parameter initialised so, and all that is multiplied by it) has no
+    scale: an argument keeps k = 0, a product of n terms is taken to have that of its
+    operands times sqrt(n), and other results what their operands give.
 
     Args:
         fn: a function of arrays, pytrees and Flax or Equinox modules, or a module.
@@ -173,7 +181,7 @@ def unit_scale(
 class UnitScaled:
     """What `unit_scale` returns: a function, and a report of how it is computed."""
 
-    def __init__(self, fn: Any, call: Call, scales: Mapping[Place, float]) -> None:
+    def __init__(self, fn: Any, call: Call, scales: "Mapping[Place, _Scale]") -> None:
         ft.update_wrapper(self, fn, updated=())
         self._fn, self._scales = fn, scales
         self._region, self._arguments = call.region, argument_sites(call)
@@ -182,9 +190,9 @@ class UnitScaled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = Call(self._fn, args, kwargs)
-        self._check(call)
+        scales = self._matched(call)
         with jax.named_scope(UNIT_SCALED):
-            outs, _ = self._run(call.region, call.leaves)
+            outs, _ = self._run(call.region, call.leaves, scales)
         return call.result(outs)
 
     def report(self) -> tuple[Held, ...]:
@@ -195,7 +203,7 @@ class UnitScaled:
         held: dict[Place, Held] = {}
 
         def run(*leaves: Any) -> list[Any]:
-            outs, interpreter = self._run(self._region, leaves)
+            outs, interpreter = self._run(self._region, leaves, self._scales)
             held.update(interpreter.held)
             return outs
 
@@ -204,15 +212,34 @@ class UnitScaled:
         return tuple(held[place] for place in order)
 
     def _run(
-        self, region: Region, leaves: Sequence[Any]
+        self,
+        region: Region,
+        leaves: Sequence[Any],
+        scales: "Mapping[Place, _Scale]",
     ) -> tuple[list[Any], "_UnitScale"]:
-        interpreter = _UnitScale(region, self._scales)
+        interpreter = _UnitScale(region, scales)
         values = interpreter.arguments(self._arguments, leaves)
         outs, _ = interpreter.run(region, Side(), values)
         return list(map(interpreter.lower, outs)), interpreter
 
-    def _check(self, call: Call) -> None:
-        """Exponents belong to places: there must be the same equations in them."""
+    def _matched(self, call: Call) -> "Mapping[Place, _Scale]":
+        """The scales by the places of this call, which is to have the same equations.
+
+        Inside of a shard_map there may be some more, which say what varies.
+        """
+        self._check_inputs(call)
+        places: dict[Place, Place] = {(): ()}
+        for new, old in _pairs(call.region, self._region):
+            if new is None or old is None or new.primitive != old.primitive:
+                inside = any(map(_is_of_varying, call.region.walk()))
+                raise _another(f"is {new or 'nothing'}", old or "nothing", inside)
+            places[old.place] = new.place
+            for n, _ in enumerate(old.regions):
+                places[*old.place, n] = (*new.place, n)
+        # The last number is that of an output, an argument or a constant.
+        return {(*places[p[:-1]], p[-1]): scale for p, scale in self._scales.items()}
+
+    def _check_inputs(self, call: Call) -> None:
         became = {*call.paths} & {*self._static}
         for path in sorted(became | ({*call.static} & {*self._paths})):
             kinds = ("an array", "static") if path in became else ("static", "an array")
@@ -222,22 +249,63 @@ class UnitScaled:
                 "are static, and arrays inside of jit: pass an array both times, such "
                 "as `jnp.asarray(0.5)`, or make it one of jit's `static_argnums`."
             )
-        theirs, ours = list(call.region.walk()), list(self._region.walk())
-        for new, old in zip(theirs, ours, strict=False):
-            if (new.place, new.primitive) != (old.place, old.primitive):
-                raise ValueError(
-                    "The arguments must lead to the same equations as the example "
-                    f"arguments of `unit_scale` did, but there is {new} in place of "
-                    f"{old}. Call `unit_scale` on arguments like these."
-                )
         n_new, n_old = len(call.paths), len(self._paths)
-        if len(theirs) != len(ours) or n_new != n_old:
-            raise ValueError(
-                "The arguments must lead to the same equations as the example "
-                f"arguments of `unit_scale` did, but there are {len(theirs)} of them "
-                f"on {n_new} arrays in place of {len(ours)} on {n_old}. Call "
-                "`unit_scale` on arguments like these."
-            )
+        if n_new != n_old:
+            raise _another(f"are {n_new} arrays", f"{n_old}")
+
+
+def _another(new: str, old: object, inside: bool = False) -> ValueError:
+    """Of a call that has something else in a place, inside of a shard_map or not."""
+    whole = (
+        ", or on the whole, as JAX sums gradients over devices inside of a "
+        "`jax.shard_map`: `unit_scale(jax.shard_map(fn, ...), *args)`"
+    )
+    return ValueError(
+        "The arguments must lead to the same equations as the example arguments of "
+        f"`unit_scale` did, but there {new} in place of {old}. Call `unit_scale` on "
+        f"arguments like these{whole if inside else ''}."
+    )
+
+
+# What JAX adds inside of a shard_map where values that vary over devices meet others,
+# and on the way back.
+_OF_VARYING = ("pvary", "psum_invariant")
+
+
+def _is_of_varying(equation: Equation) -> bool:
+    return equation.primitive in _OF_VARYING
+
+
+def _pairs(
+    new: Region, old: Region
+) -> Iterator[tuple[Equation | None, Equation | None]]:
+    """The equations of two jaxprs beside each other, None where one has no more.
+
+    Left out is what says what varies in the new one alone.
+    """
+    theirs = iter(new.equations)
+    numbers: set[Any] = set()
+
+    def is_added(equation: Equation, instead_of: str) -> bool:
+        if equation.primitive == instead_of:
+            return False
+        if _is_of_varying(equation):
+            is_number = all(map(is_literal, equation.invars))
+            numbers.update(equation.outvars if is_number else ())
+            return True
+        # From jax 0.12 on Python's numbers are made to vary, and then cast.
+        is_cast = equation.primitive == "convert_element_type"
+        return is_cast and not numbers.isdisjoint(equation.invars)
+
+    for equation in old.equations:
+        match = next(theirs, None)
+        while match and is_added(match, equation.primitive):
+            match = next(theirs, None)
+        yield match, equation
+        inside = match.regions if match else ()
+        for inner, ours in zip(inside, equation.regions, strict=False):
+            yield from _pairs(inner, ours)
+    yield from ((e, None) for e in theirs if not is_added(e, ""))
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -251,22 +319,40 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
 
 @ft.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["runs", "size", "scale"],
-    meta_fields=["place"],
+    data_fields=["runs", "size", "scale", "largest"],
+    meta_fields=["place", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """How often a tensor was computed, the number of elements that count and their rms;
-    with axes for iterations."""
+    """How often a tensor was computed, the number of elements that count, their rms and
+    the largest that its dtype holds; with axes for iterations."""
 
     runs: Float[Array, "..."]
     size: Float[Array, "..."]
     scale: Float[Array, "..."]
+    largest: Float[Array, "..."]
     place: Place
+    dtype: np.dtype
 
 
-def _calibrate(call: Call) -> dict[Place, float]:
-    """The log2 of the scale of each tensor, by its place."""
+class _Scale(NamedTuple):
+    """The log2 of a tensor's scale, and of the least at which its dtype holds all of
+    it; the latter is -inf but for outliers, as a mask's fill is one."""
+
+    log2: float = _NONE
+    least: float = -math.inf
+
+    @property
+    def held(self) -> float:
+        """The log2 of the scale that its data is to be divided by."""
+        return _NONE if self.log2 == _NONE else max(self)
+
+    def join(self, other: "_Scale") -> "_Scale":
+        return _Scale(*map(max, self, other))
+
+
+def _calibrate(call: Call) -> dict[Place, _Scale]:
+    """The scale of each tensor, by its place."""
     interpreter = _Calibrate()
     arguments = [_measure(x, (i,)) for i, x in enumerate(call.leaves)]
     # Not compiled as a whole: one kernel for each of thousands of tensors takes longer
@@ -276,7 +362,7 @@ def _calibrate(call: Call) -> dict[Place, float]:
     return _scales((arguments, records))
 
 
-def _of_constants(call: Call) -> dict[Place, float]:
+def _of_constants(call: Call) -> dict[Place, _Scale]:
     """The same of constants, which count backwards from -1 in their region's place."""
     inner = [r for equation in call.region.walk() for r in equation.regions]
     return _scales(
@@ -288,16 +374,16 @@ def _of_constants(call: Call) -> dict[Place, float]:
     )
 
 
-def _scales(measured: Any) -> dict[Place, float]:
+def _scales(measured: Any) -> dict[Place, _Scale]:
     found = jax.tree.leaves(measured, is_leaf=_is_measured)
     return {
-        x.place: _log2(x.size, x.scale)
+        x.place: _Scale(_log2(x.size, x.scale), _least(x.place, x.dtype, x.largest))
         for x in jax.device_get(found)
         if np.sum(x.runs) > 0
     }
 
 
-def _recorded(call: Call, scales: Scales) -> dict[Place, float]:
+def _recorded(call: Call, scales: Scales) -> dict[Place, _Scale]:
     """The same from a record, which is to be one of this call."""
     names = parameters(call)
     every = argument_sites(call)
@@ -325,23 +411,41 @@ def _what(site: Site) -> tuple[str, tuple[int, ...]]:
     return site.name.removeprefix(site.source.split("/")[-1]), site.shape
 
 
-def _recorded_scale(tensor: Tensor) -> float:
+def _recorded_scale(tensor: Tensor) -> _Scale:
+    site = tensor.site
     stats = jax.tree.map(lambda x: np.asarray(x, np.float64), tensor.forward)
-    fill = _fill(tensor.site.dtype)
+    fill = _fill(site.dtype)
     if np.max(stats.largest, initial=0) < fill:
-        return _log2(stats.finite, stats.scale)
+        return _Scale(_log2(stats.finite, stats.scale))
     # Of numbers spread evenly over a binade the mean square is 7/3 of its lowest.
     square = 7 / 3 * 4.0 ** np.arange(LOWEST, HIGHEST + 1)
     counts = stats.histogram.reshape(-1, square.size).sum(0)
     counts[square >= min(fill, 2.0**HIGHEST) ** 2] = 0
     size = counts.sum() + np.sum(stats.zeros)
-    return _log2(size, math.sqrt(counts @ square / max(size, 1)))
+    return _Scale(
+        _log2(size, math.sqrt(counts @ square / max(size, 1))),
+        _least(site.place, site.dtype, stats.largest),
+    )
 
 
 def _log2(size: Any, scale: Any) -> float:
     size, scale = np.asarray(size, np.float64), np.asarray(scale, np.float64)
     mean = np.sum(size * scale**2) / max(np.sum(size), 1.0)
     return float(np.log2(mean) / 2) if 0 < mean < math.inf else _NONE
+
+
+def _least(place: Place, dtype: np.dtype, largest: Any) -> float:
+    """The log2 of the least scale at which the largest number does not overflow.
+
+    Not asked for of what is computed in dtypes with float32's range: only a mask's fill
+    is so large in them, and `_at` takes care of it.
+    """
+    is_given = len(place) == 1 or place[-1] < 0  # an argument or a constant
+    top = np.max(largest, initial=0) / float(jnp.finfo(dtype).max)
+    if not top or not (is_given or _has_short_range(dtype)):
+        return -math.inf
+    # A whole number, as exponents are. What rounds to the largest number is held.
+    return math.ceil(math.log2(top) - 1e-3)
 
 
 class _Calibrate(Interpreter):
@@ -392,8 +496,13 @@ class _Calibrate(Interpreter):
 
     def merge(self, records: Any) -> Any:
         def one(x: _Measured) -> _Measured:
-            scale = rms(x.scale, x.size, 0)
-            return _Measured(x.runs.sum(0), x.size.sum(0), scale, x.place)
+            return dataclasses.replace(
+                x,
+                runs=x.runs.sum(0),
+                size=x.size.sum(0),
+                scale=rms(x.scale, x.size, 0),
+                largest=x.largest.max(0),
+            )
 
         return jax.tree.map(one, records, is_leaf=_is_measured)
 
@@ -402,19 +511,23 @@ def _measure(x: Any, place: Place, dtype: Any = None) -> _Measured | None:
     """What is known of a tensor that has this dtype when it is not calibrated."""
     if not (hasattr(x, "dtype") and is_inexact(x)):
         return None
-    size, scale = _size_and_rms(x, jnp.dtype(dtype or x.dtype))
-    return _Measured(jnp.ones_like(size), size, scale, place)
+    dtype = jnp.dtype(dtype or x.dtype)
+    size, scale, largest = _statistics(x, dtype)
+    return _Measured(jnp.ones_like(size), size, scale, largest, place, dtype)
 
 
 @ft.partial(jax.jit, static_argnames="dtype")
-def _size_and_rms(x: Any, dtype: np.dtype) -> tuple[Array, Array]:
+def _statistics(x: Any, dtype: np.dtype) -> tuple[Array, Array, Array]:
     size = jnp.abs(x)
     size = size.astype(jnp.promote_types(size.dtype, jnp.float32))
     # What a float16 tensor would overflow to counts: it is not to.
     counts = (size < _fill(dtype)) | ((size > 4 * _fill(dtype)) & (size < _FILL))
     weight = counts.astype(size.dtype)
     axes = tuple(range(size.ndim))
-    return weight.sum(), rms(jnp.where(weight > 0, size, 0.0), weight, axes)
+    # Twice the dtype's largest, as a fill behind a subtraction may be beyond it.
+    end = min(2 * float(jnp.finfo(dtype).max), float(jnp.finfo(size.dtype).max))
+    largest = jnp.where(size <= end, size, 0.0).max(initial=0.0)
+    return weight.sum(), rms(jnp.where(weight > 0, size, 0.0), weight, axes), largest
 
 
 # What fills the place of masked logits is no part of a tensor's scale: infinities, what
@@ -459,28 +572,47 @@ class _Here(NamedTuple):
 
 
 class _UnitScale(Interpreter):
-    def __init__(self, region: Region, scales: Mapping[Place, float]) -> None:
-        self._scales = scales
-        self._operands: dict[Place, list[float]] = {}
-        self._inputs: dict[Place, list[float]] = {}
+    def __init__(self, region: Region, scales: Mapping[Place, _Scale]) -> None:
+        self._scales = dict(scales)
+        self._operands: dict[Place, list[_Scale]] = {}
+        self._inputs: dict[Place, list[_Scale]] = {}
         self.held: dict[Place, Held] = {}
 
-        def transfer(equation: Equation, given: list[float]) -> list[float]:
+        def transfer(equation: Equation, given: list[_Scale]) -> list[_Scale]:
             self._operands[equation.place] = given
+            if _is_of_varying(equation) and (*equation.place, 0) not in scales:
+                return given  # added inside of a shard_map
+            if _rule(equation) in _MOVING:
+                # On other arguments more rows may be masked, and a maximum a fill.
+                least = _Scale(least=max((x.least for x in given), default=-math.inf))
+                places = [(*equation.place, i) for i in range(len(equation.outvars))]
+                self._scales |= {
+                    place: self._scales[place].join(least)
+                    for place in places
+                    if place in self._scales
+                }
             return self._results(equation)
 
-        def enter(inner: Region, inputs: list[float]) -> list[float]:
+        def enter(inner: Region, inputs: list[_Scale]) -> list[_Scale]:
             self._inputs[inner.place] = inputs
-            places = [(*inner.place, -1 - i) for i in range(len(inner.consts))]
-            return [scales.get(place, _NONE) for place in places]
+            n = len(inner.consts)
+            return [self._scale((*inner.place, -1 - i)) for i in range(n)]
 
-        facts = [scales.get((i,), _NONE) for i in range(len(region.jaxpr.invars))]
-        opens = lambda e: e.can_be_opened and not self.wants(e)
-        flow(region, facts, transfer, join=max, bottom=_NONE, opens=opens, enter=enter)
+        flow(
+            region,
+            [self._scale((i,)) for i in range(len(region.jaxpr.invars))],
+            transfer,
+            join=_Scale.join,
+            bottom=_Scale(),
+            opens=lambda e: e.can_be_opened and not self.wants(e),
+            enter=enter,
+        )
 
-    def _results(self, equation: Equation) -> list[float]:
-        n = len(equation.outvars)
-        return [self._scales.get((*equation.place, i), _NONE) for i in range(n)]
+    def _scale(self, place: Place) -> _Scale:
+        return self._scales.get(place, _Scale())
+
+    def _results(self, equation: Equation) -> list[_Scale]:
+        return [self._scale((*equation.place, i)) for i in range(len(equation.outvars))]
 
     def arguments(
         self, where: Sequence[Site | None], leaves: Sequence[Any]
@@ -490,7 +622,7 @@ class _UnitScale(Interpreter):
         for site, leaf in zip(where, leaves, strict=True):
             value = self.lift(jnp.asarray(leaf) if _is_float(leaf) else leaf)
             if site is not None:
-                value = _settle(value, self._scales.get(site.place, _NONE), CLOSE)
+                value = _settle(value, self._scale(site.place).held, CLOSE)
                 self._hold(site, value, "")
             values.append(value)
         return values
@@ -512,9 +644,9 @@ class _UnitScale(Interpreter):
     def rewrite(
         self, equation: Equation, side: Side, *args: Any
     ) -> tuple[Sequence[Any], None]:
-        unknown = [_NONE] * len(args)
-        operands = self._operands.get(equation.place, unknown)
-        here = _Here(equation, operands, self._results(equation))
+        operands = self._operands.get(equation.place, [_Scale()] * len(args))
+        results = self._results(equation)
+        here = _Here(equation, [x.held for x in operands], [y.held for y in results])
         rule = _rule(equation)
         outs = None if rule is None else rule(here, *args)
         reason = ""
@@ -531,20 +663,23 @@ class _UnitScale(Interpreter):
         return outs, None
 
     def _hold(self, site: Site, value: Any, reason: str) -> None:
-        scale, exponent = self._scales.get(site.place, math.nan), _exponent(value)
+        scale, least = self._scales.get(site.place, _Scale(math.nan))
+        exponent = _exponent(value)
         if not isinstance(value, Scaled):
             reason = reason or "complex numbers have true values"
         elif exponent is not None and math.isnan(scale):
             reason = "; ".join(filter(None, (reason, _UNSEEN)))
         elif exponent is not None and scale == _NONE:
             reason = "; ".join(filter(None, (reason, _ZERO)))
+        elif exponent is not None and least > scale + CLOSE:
+            reason = "; ".join(filter(None, (reason, _LARGE)))
         self.held[site.place] = Held(site, exponent, scale, reason)
 
     def carry(self, body: Region, values: Sequence[Any]) -> list[Any]:
         inputs, carried = self._inputs.get(body.place), list(values)
         for (_, into), (i, x) in zip(body.carry, enumerate(values), strict=True):
             if isinstance(x, Scaled):
-                scale = _NONE if inputs is None else inputs[into]
+                scale = _NONE if inputs is None else inputs[into].held
                 carried[i] = _settle(_fixed(x), scale, CLOSE)
         return carried
 
@@ -621,30 +756,44 @@ def _why_truly(equation: Equation) -> str:
 # -- Powers of two ---------------------------------------------------------------------
 
 
-def _times(x: Any, power: int) -> Any:
-    """x 2^power, in x's dtype."""
+def _times(x: Any, power: int, largest: float = math.inf) -> Any:
+    """x 2^power, in x's dtype; what is finite ends at the largest."""
     info = jnp.finfo(x.dtype)
     if isinstance(x, np.ndarray):  # a literal, in whose place stays what fits
         largest = float(info.max)
         value = math.ldexp(float(x), power)
         return np.asarray(min(max(value, -largest), largest), x.dtype)
-    if info.minexp > jnp.finfo(jnp.float32).minexp:
+    if _has_short_range(x.dtype):
         # XLA makes one factor of two in a row, which may be too much for float16.
-        return _times(x.astype(jnp.float32), power).astype(x.dtype)
-    limit = -int(info.minexp)
+        return _times(x.astype(jnp.float32), power, largest).astype(x.dtype)
+    given, limit = x, -int(info.minexp)
     while power:
         step = min(max(power, -limit), limit)
         x, power = x * 2.0**step, power - step
+    if largest < math.inf:
+        top = np.asarray(largest, x.dtype)
+        x = jnp.where(jnp.isfinite(given), lax.clamp(-top, x, top), x)
     return x
 
 
-def _at(value: Any, exponent: int | None) -> Any:
-    """The same tensor held at this exponent."""
+# A number that its dtype holds truly, such as a mask's fill, stays finite when scaled
+# up, and so it does in float16 when logits are added to it.
+_ROOM = 1 - 2.0**-6
+
+
+def _at(value: Any, exponent: int | None, is_logits: bool = False) -> Any:
+    """The same tensor held at this exponent.
+
+    In dtypes with float32's range only what `is_logits` may be as large as a fill.
+    """
     if not isinstance(value, Scaled) or value.exponent == exponent:
         return value
     if value.exponent is None or exponent is None:
         return Scaled(value.data, exponent)
-    return Scaled(_times(value.data, value.exponent - exponent), exponent)
+    dtype, largest = value.data.dtype, math.inf
+    if exponent < min(value.exponent, 0) and (is_logits or _has_short_range(dtype)):
+        largest = float(jnp.finfo(dtype).max) * _ROOM
+    return Scaled(_times(value.data, value.exponent - exponent, largest), exponent)
 
 
 def _fixed(value: Scaled) -> Scaled:
@@ -660,10 +809,7 @@ def _settle(value: Any, scale: float, tolerance: float) -> Any:
 
 
 def _tolerance(equation: Equation, aval: Any) -> float:
-    if (
-        not _is_float(aval)
-        or jnp.finfo(aval.dtype).minexp <= jnp.finfo("float32").minexp
-    ):
+    if not (_is_float(aval) and _has_short_range(aval.dtype)):
         return WIDE
     return CLOSE if equation.primitive in PRODUCTS else NARROW
 
@@ -698,6 +844,11 @@ def _sum(*exponents: int | None) -> int | None:
 
 def _is_float(x: Any) -> bool:
     return jnp.issubdtype(getattr(x, "dtype", np.dtype(object)), jnp.floating)
+
+
+def _has_short_range(dtype: Any) -> bool:
+    """Whether it is a floating-point dtype with a shorter range than float32's."""
+    return bool(jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp)
 
 
 def _is_narrow(dtype: Any) -> bool:
@@ -760,7 +911,8 @@ def _unrounded(here: _Here, x: Any, *key: Any) -> list[Any]:
 def _aligned(here: _Here, *args: Any) -> list[Any]:
     """f(2^k x, 2^k y) = 2^k f(x, y), or a comparison: all on one exponent."""
     exponent = _common(here, args)
-    return [_held(y, exponent) for y in here.bind(*(_at(x, exponent) for x in args))]
+    aligned = (_at(x, exponent, is_logits=True) for x in args)
+    return [_held(y, exponent) for y in here.bind(*aligned)]
 
 
 def _common(here: _Here, args: Sequence[Any]) -> int | None:
@@ -775,24 +927,6 @@ def _scattered(here: _Here, *args: Any) -> list[Any] | None:
     """A scatter, which may apply a function to what is there."""
     applies = here.equation.params.get("update_jaxpr") is not None
     return None if applies else _aligned(here, *args)
-
-
-def _selected(here: _Here, which: Any, *cases: Any) -> list[Any]:
-    """As `_aligned`, where the number that fills masked logits in float16 may be its
-    largest: scaled up that would be infinite, and fully masked rows not a number."""
-    exponent = _common(here, cases)
-    if here.equation.out_avals[0].dtype == jnp.float16:
-        cases = tuple(_clipped(x, exponent) for x in cases)
-    return _aligned(here, which, *cases)
-
-
-def _clipped(value: Scaled, exponent: int | None) -> Scaled:
-    if value.exponent is None or exponent is None or value.exponent <= exponent:
-        return value
-    largest = math.ldexp(
-        float(jnp.finfo(value.data.dtype).max), exponent - value.exponent
-    )
-    return Scaled(jnp.clip(value.data, -largest, largest), value.exponent)
 
 
 def _first(here: _Here, x: Any, *rest: Any) -> list[Any]:
@@ -940,6 +1074,9 @@ def _is_homogeneous(equation: Equation) -> bool:
     )
 
 
+# The rules of what moves numbers, or gives others about as large.
+_MOVING = (_along, _aligned, _filled, _scattered, _first)
+
 _RULES: Mapping[str, _Rule] = {
     **_rules(
         _along,
@@ -957,7 +1094,7 @@ _RULES: Mapping[str, _Rule] = {
         "add add_any sub max min clamp rem concatenate stack pad "
         "scatter-add scatter-sub scatter-max scatter-min scatter_add "
         "scatter_sub scatter_max scatter_min dynamic_update_slice "
-        "eq ne lt le gt ge eq_to lt_to le_to",
+        "select_n eq ne lt le gt ge eq_to lt_to le_to",
     ),
     **_rules(_first, "select_and_scatter_add select_and_gather_add"),
     **_rules(_product, " ".join(PRODUCTS)),
@@ -970,7 +1107,6 @@ _RULES: Mapping[str, _Rule] = {
     "reduce_precision": _quantized,
     "gather": _filled,
     "scatter": _scattered,
-    "select_n": _selected,
     "mul": _multiplied,
     "div": _divided,
 }
