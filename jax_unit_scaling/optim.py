@@ -10,6 +10,10 @@ asks for a c fan_in = 1:
     bias, norm  a = 1, no sum       c = 1
     embedding   a = 1, no sum       c = features^-1/2   (1 in muP; u-muP found this).
 
+The embedding's is a finding, of long trainings. Where a large vocabulary has few steps
+to be learned, muP's is better: `overrides={"*embedding": {"fan_in": 1}}` took a
+language model of width 1024 with 32768 tokens from 4.12 to 3.39 nats in 300 steps.
+
 Each is multiplied by depth^-1/2 inside a stack of `depth` residual adds: its branches
 weigh about depth^-1/2 each, but their updates are aligned and add up to depth^1/2.
 

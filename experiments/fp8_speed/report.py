@@ -5,7 +5,6 @@ With `--gallery experiments/README.md` the tables there become those of the reco
 
 import dataclasses
 import json
-import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -214,9 +213,10 @@ def _draw_losses(times: Times, path: Path) -> None:
             losses = times[name]["losses"]
             window = min(LAST, len(losses))
             smooth = np.convolve(losses, np.ones(window) / window, "valid")
-            axes.plot(smooth / math.log(2), style, label=name.replace("`", ""))
+            steps = np.arange(window, len(losses) + 1)
+            axes.plot(steps, smooth, style, label=name.replace("`", ""))
     axes.set_xlabel("step")
-    axes.set_ylabel(f"training loss, bits per token (mean of {LAST} steps)")
+    axes.set_ylabel(f"training loss, nats per token (mean of {LAST} steps)")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -12,7 +12,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ class TrainConfig:
     characters: int | None = None  # of the text; None for all of it
     kinds: tuple[Kind, ...] = ("bf16", "bf16 unit", "fp8 unit")
     steps: int = 300
-    log2_rates: tuple[float, ...] = (0, 1, 2)
+    log2_rates: tuple[float, ...] = (0, 1, 2, 3)
     """Of the unit-scaled model's first kind; others have the best of them."""
     plain_log2_rates: tuple[float, ...] = (-13, -12, -11)
     umup_embedding: bool = False
     """Whether the unit-scaled embedding's rate has u-muP's factor width^-1/2. muP's, 1,
     learns a large vocabulary in few steps."""
+    plain_embedding: float = 1.0
+    """The plain model's embedding's rate over that of its other parameters."""
     warmup: int = 50
     settled: int = 5  # steps before the clock starts
     weight_decay: float = 2**-13
@@ -65,12 +67,22 @@ def _optimiser(
 ) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup, config.steps)
     if kind == "bf16":
-        return optax.adamw(rate, weight_decay=0.1)
+        return optax.chain(
+            optax.adamw(rate, weight_decay=0.1),
+            optax.masked(optax.scale(config.plain_embedding), _embeddings),
+        )
     return jus.optim.adamw(
         rate,
         weight_decay=config.weight_decay,
         overrides=None if config.umup_embedding else {"*embedding": {"fan_in": 1}},
     )
+
+
+def _embeddings(params: optax.Params) -> Any:
+    def is_one(path: tuple[Any, ...], _: Any) -> bool:
+        return "embedding" in jax.tree_util.keystr(path)
+
+    return jax.tree_util.tree_map_with_path(is_one, params)
 
 
 def training_step(config: TrainConfig, kind: Kind, peak: float) -> tuple[Any, Any]:
@@ -154,7 +166,8 @@ def train(
 
     Returns:
         Every training by kind, rate and seed (`runs`), and of each kind the best of the
-        first seed's, with the `final_losses` of all seeds at its rate (`times`).
+        first seed's (`times`), with the median times and `final_losses` of all seeds at
+        its rate.
     """
     ids = tokens(config)
     print(f"{len(ids)} tokens", file=sys.stderr)
@@ -176,13 +189,23 @@ def train(
         tried = (best[plain],) if plain in best else rates
         chosen = min((trained(kind, r, first) for r in tried), key=final_loss)
         best.setdefault(plain, chosen["log2_rate"])
-        result["times"][NAMES[kind]] = chosen | {"final_losses": [final_loss(chosen)]}
+        result["times"][NAMES[kind]] = _together([chosen])
     for seed in further:
         for kind in config.kinds:
-            run = trained(kind, best[kind == "bf16"], seed)
-            result["times"][NAMES[kind]]["final_losses"].append(final_loss(run))
+            trained(kind, best[kind == "bf16"], seed)
+    for kind in config.kinds:
+        rate = best[kind == "bf16"]
+        result["times"][NAMES[kind]] = _together(
+            [trained(kind, rate, seed) for seed in config.seeds]
+        )
     keep(result)
     return result
+
+
+def _together(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first run, with all seeds' median times and final losses."""
+    medians = {k: statistics.median(r[k] for r in runs) for k in ("ms", "tokens_per_s")}
+    return runs[0] | medians | {"final_losses": [final_loss(r) for r in runs]}
 
 
 def _label(log2_rate: float, seed: int) -> str:
