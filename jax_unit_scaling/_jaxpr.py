@@ -386,7 +386,7 @@ class Interpreter:
 
     def empty(self, record: Any) -> Any:
         """The record (given as shapes) of what has not run."""
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), record)
+        return jax.tree.map(lambda x: lax.full_like(x, 0), record)
 
     def merge(self, records: Any) -> Any:
         """One record of several, stacked along a new first axis."""

@@ -258,6 +258,20 @@ def test_decoding_is_what_was_trained_with_a_causal_mask_or_is_causal(api, maske
     np.testing.assert_allclose(jnp.concatenate(parts, 1), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_does_not_fit_a_decoding_call_is_refused_by_name(causal):
+    x, call = _normal(0, 2, 12, 16), {"is_causal": causal, "decode": True}
+    module = jus.nnx.MultiHeadAttention(4, 16, decode=False, rngs=nnx.Rngs(0))
+    module.init_cache(x.shape)
+    short = jnp.ones((2, 1, 4, 4), bool)  # of the call's keys, not of the cache's
+    with pytest.raises(
+        ValueError, match=r"`mask`.*\(2, 4, 4, 12\), got .*\(2, 1, 4, 4"
+    ):
+        module(x[:, :4], mask=short, **call)
+    with pytest.raises(ValueError, match=r"`inputs_k`.*`inputs_q` \(1\).*got 4"):
+        module(x[:, :1], x[:, :4], **call)
+
+
 def test_decoding_past_the_caches_end_is_an_error_and_under_jit_nan():
     x = _normal(0, 1, 2, 8)
     eager, jitted = _attention(decode=True), _attention(decode=True)

@@ -2,6 +2,7 @@
 
 import functools as ft
 import math
+import warnings
 
 import flax.linen as nn
 import jax
@@ -571,6 +572,20 @@ def test_rows_may_be_masked_in_full(dtype, mask):
         np.testing.assert_allclose(np.asarray(got, np.float32), want, 0, atol)
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["masked", "masked, scaled"])
+def test_a_mask_hides_in_float16_however_small_logits_are(before):
+    half = [normal(16, 64, seed=i, scale=2.0**-7).astype(jnp.float16) for i in (0, 1)]
+
+    def attend(q, k):
+        logits = q @ k.T * (2.0**-3 if before else 2.0**-6)
+        logits = jnp.where(jnp.tri(16) > 0, logits, jnp.finfo(q.dtype).min)
+        return jax.nn.softmax(logits * 0.25 if before else logits)
+
+    got = jax.jit(unit_scale(attend, *half))(*half)
+    assert not jnp.triu(got, 1).any()
+    np.testing.assert_allclose(got, attend(*half), atol=2.0**-9)
+
+
 def test_an_outlier_is_held_as_well():
     """One number that float16 just holds, among some that are 2^26 smaller."""
     x = jnp.full(64, 1e-3, jnp.float16).at[3].set(40000)
@@ -828,6 +843,32 @@ def test_it_goes_into_a_shard_map_that_knows_what_varies():
         (unit_scale(once, x, w), once, (P("d"), P())),
     ):
         close(jax.jit(mapped(u, out_specs=out))(x, w), jax.jit(f)(x, w))
+
+
+@on_eight_devices
+@pytest.mark.parametrize("native", [False, True], ids=["simulated", "native"])
+def test_fp8_in_a_scan_in_a_shard_map_is_rounded_at_unit_scale(native):
+    """A scan moves parts of a rounding out of its loop there, under the same name."""
+    warnings.filterwarnings("ignore", "native FP8 formats on")
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    dot = ft.partial(jus.matmul, formats=jus.NATIVE_FP8 if native else None)
+
+    def loss(w, x):
+        return (lax.scan(lambda x, w: (jnp.tanh(dot(x, w)), None), x, w)[0] ** 2).mean()
+
+    step = jax.value_and_grad(loss if native else jus.simulate_fp8(loss))
+    # E4M3 holds no such weights, and not all of such inputs.
+    w, x = normal(2, 16, 16, scale=2.0**-12), normal(16, 16, seed=1, scale=2.0**8)
+
+    def local(w, x):
+        outs = step(lax.pcast(w, "d", to="varying"), x)
+        return jax.tree.map(lambda y: lax.pmean(y, "d"), outs)
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+    close(
+        jax.jit(unit_scale(mapped, w, x))(w, x),
+        jax.jit(unit_scale(step, w, x))(w, x),
+    )
 
 
 @on_eight_devices

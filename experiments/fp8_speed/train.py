@@ -1,9 +1,9 @@
 """A whole training step at a billion parameters, and a run of some hundred of them.
 
 A byte-pair language model on real text, remat of every block, float32 parameters,
-AdamW; the same data for all. Each model is trained at as many learning rates, both
-unit-scaled precisions have the one that is best in bfloat16, and all are trained from
-further seeds at theirs.
+AdamW; the same data for all. Each model is trained at learning rates of which the best
+has a worse one on either side, both unit-scaled precisions have the one that is best in
+bfloat16, and all are trained from further seeds at theirs.
 """
 
 import dataclasses

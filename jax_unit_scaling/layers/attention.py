@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..arguments import check_broadcast
 from ..constraints import Constraint
 from ..formats import BlockFormats, Formats, also_fused
 from ..ops.attention import dot_product_attention, rotary
@@ -85,7 +86,14 @@ class Attention:
         """
         positions = None
         if cache is not None:
-            positions = cache.filled + jnp.arange(query.shape[-3])
+            *batch, length, heads, _ = query.shape
+            if key.shape[-3] != length:
+                raise ValueError(
+                    f"`inputs_k` must be as long as `inputs_q` ({length}) in decoding, "
+                    f"got {key.shape[-3]}."
+                )
+            positions = cache.filled + jnp.arange(length)
+            check_broadcast("mask", mask, (*batch, heads, length, cache.key.shape[-3]))
             if not is_causal:
                 # Hidden by a mask, as such a model is trained: factors do not see it.
                 seen = jnp.arange(cache.key.shape[-3]) <= positions[:, None]

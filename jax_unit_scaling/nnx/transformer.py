@@ -91,11 +91,11 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     has no gradient: softmax does not see it.
 
     Decoding takes any number of tokens at a time, a whole prompt as well as one token:
-    the output does not depend on how a sequence is cut. It is that of the whole
-    sequence, if `length` is given or the cache is as long as that, and if a call has
-    `is_causal` as in training: factors are those of causal attention with it, and with
-    a causal `mask` alone those of attention to all keys. A position behind the cache's
-    end is an error, and under `jit` NaN.
+    the output does not depend on how a sequence is cut, but for a query from which a
+    `mask` hides all keys. It is that of the whole sequence, if `length` is given or the
+    cache is as long as that, and if a call has `is_causal` as in training: factors are
+    those of causal attention with it, and with a causal `mask` alone those of attention
+    to all keys. A position behind the cache's end is an error, and under `jit` NaN.
     """
 
     @checked

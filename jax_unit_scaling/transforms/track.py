@@ -492,7 +492,7 @@ class _Track(Interpreter):
 
     def empty(self, record: Any) -> Any:
         def one(tensor: Tensor) -> Tensor:
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tensor.forward)
+            zeros = jax.tree.map(lambda x: lax.full_like(x, 0), tensor.forward)
             smallest = jnp.full_like(zeros.smallest, jnp.inf)
             return dataclasses.replace(
                 tensor, forward=zeros._replace(smallest=smallest)

@@ -105,7 +105,8 @@ def unit_scale(
 
     Where a number would overflow that the dtype holds truly (one of 4e4 among some of
     1e-3 in float16, or the fill of a mask that is added to logits), k is larger. If it
-    is only in later arguments, it becomes the largest that there is at this k.
+    is only in later arguments, it becomes the largest that there is at this k; with
+    float32's range, where that is 2^k 3e38, it becomes infinite.
 
     Linear and homogeneous operations move the powers of two along: those of a product's
     operands add up, a sum's operands are brought to the same one, a quotient's are
@@ -460,7 +461,7 @@ class _Calibrate(Interpreter):
     ) -> tuple[Sequence[Any], Any]:
         records: dict[str, Any] = {}
         if _is_quantize(equation) or equation.primitive == "reduce_precision":
-            outs = list(args[:1])
+            outs = [args[_rounded(equation)]]
         elif _is_called(equation):
             (region,) = equation.regions
             outs, records = self.run(region, side, args)
@@ -705,12 +706,27 @@ class _UnitScale(Interpreter):
         return Scaled(np.asarray(math.ldexp(value, -exponent), dtype), exponent)
 
     def lower(self, value: Any) -> Any:
-        return _at(value, 0).data if isinstance(value, Scaled) else value
+        return _truly(value)
 
 
 def _is_quantize(equation: Equation) -> bool:
-    # What of it depends on no input a scan moves out of its loop: an empty equation.
-    return _is_one_of(equation, "", "_fwd", "_bwd") and bool(equation.outvars)
+    # What of it depends on no input (nothing; inside of a shard_map, numbers that are
+    # made to vary) a scan moves out of its loop: an equation of this name, without one.
+    return _is_one_of(equation, "", "_fwd", "_bwd") and bool(
+        equation.invars and equation.outvars
+    )
+
+
+def _rounded(equation: Equation) -> int:
+    """Which operand a `quantize` rounds. What a scan has moved out of its loop are
+    others: scalars, behind that one for a function, before it for one with a rule."""
+    (out,) = equation.out_avals
+    alike = [i for i, x in enumerate(equation.in_avals) if _kind(x) == _kind(out)]
+    return alike[0 if equation.primitive == "jit" else -1]
+
+
+def _kind(aval: Any) -> tuple[Any, Any]:
+    return aval.shape, aval.dtype
 
 
 def _is_one_of(equation: Equation, *ends: str) -> bool:
@@ -825,6 +841,10 @@ def _is_literal(value: Any) -> bool:
     return isinstance(value, Scaled) and isinstance(value.data, np.ndarray)
 
 
+def _truly(value: Any) -> Any:
+    return _at(value, 0).data if isinstance(value, Scaled) else value
+
+
 def _data(value: Any) -> Any:
     return value.data if isinstance(value, Scaled) else value
 
@@ -899,8 +919,11 @@ def _cast(here: _Here, x: Any) -> list[Any] | None:
     return _along(here, x)
 
 
-def _quantized(here: _Here, x: Any, *rest: Any) -> list[Any]:
-    return _along(here, _settle(x, here.operands[0], CLOSE), *rest)
+def _quantized(here: _Here, *args: Any) -> list[Any]:
+    place = _rounded(here.equation)
+    operands: list[Any] = list(map(_truly, args))
+    operands[place] = x = _settle(args[place], here.operands[place], CLOSE)
+    return [_held(y, _exponent(x)) for y in here.bind(*operands)]
 
 
 def _unrounded(here: _Here, x: Any, *key: Any) -> list[Any]:
@@ -916,11 +939,18 @@ def _aligned(here: _Here, *args: Any) -> list[Any]:
 
 
 def _common(here: _Here, args: Sequence[Any]) -> int | None:
-    """An operand's exponent, of those the nearest to the result's scale."""
-    known = [x.exponent for x in args if getattr(x, "exponent", None) is not None]
+    """An operand's exponent, of those the nearest to the result's scale.
+
+    In float16 the result's own where that is far above: at the exponent of small logits
+    a mask's fill would not be one.
+    """
+    known = [x for x in args if getattr(x, "exponent", None) is not None]
     scale = here.results[0]
     far = (lambda e: -e) if scale == _NONE else (lambda e: abs(e - scale))
-    return min(known, key=far, default=None)
+    nearest = min((x.exponent for x in known), key=far, default=None)
+    if nearest is None or scale - nearest <= NARROW:
+        return nearest
+    return round(scale) if _has_short_range(known[0].data.dtype) else nearest
 
 
 def _scattered(here: _Here, *args: Any) -> list[Any] | None:
