@@ -334,6 +334,7 @@ def _train(formats, seeds, steps=50):
     return np.asarray(jax.jit(jax.vmap(run))(jnp.arange(seeds)))
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_language_model_trains_in_simulated_fp8(close_to_float32):
     exact, fp8 = _train(None, 3), _train(jus.SIMULATED_FP8, 3)
     np.testing.assert_allclose(exact[:, 0], np.log(128), rtol=0.05)

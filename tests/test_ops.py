@@ -17,6 +17,19 @@ CASES = [
     for i, c in enumerate(op.cases)
 ]
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+# Half precision by each operation's first case; `-m slow` for the others.
+IN_EACH_DTYPE = [
+    pytest.param(
+        op,
+        c,
+        dtype,
+        id=f"{name}-{i}-{dtype.__name__}",
+        marks=[pytest.mark.slow] if i and dtype != jnp.float32 else [],
+    )
+    for dtype in DTYPES
+    for name, op in OPS.items()
+    for i, c in enumerate(op.cases)
+]
 CONSTRAINABLE = [p for p in CASES if "constraint" in p.values[0]._signature.parameters]
 
 
@@ -63,8 +76,7 @@ def _scale(x, statistic="rms"):
     return np.std(x) if statistic == "std" else np.sqrt(np.mean(x**2))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
-@pytest.mark.parametrize("op, c", CASES)
+@pytest.mark.parametrize("op, c, dtype", IN_EACH_DTYPE)
 def test_unconstrained_operation_has_unit_scale_in_both_passes(op, c, dtype):
     free = op.constrained(None) if "constraint" in op._signature.parameters else op
     out, grads = _run(op, free, c, dtype)
