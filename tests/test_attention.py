@@ -147,7 +147,8 @@ def _call(module, *args, **options):
 def _moved(module):
     """The module with biases and gains that differ from zero and one."""
     params = nnx.state(module, nnx.Param)
-    nnx.update(module, jax.tree.map(lambda p: p + 0.1 * jnp.cos(p), params))
+    move = jax.jit(ft.partial(jax.tree.map, lambda p: p + 0.1 * jnp.cos(p)))
+    nnx.update(module, move(params))
     return module
 
 
@@ -385,7 +386,10 @@ STACK = {
 
 
 def _stack(**options):
-    return jus.nnx.TransformerStack(32, 4, 64, depth=2, rngs=nnx.Rngs(0), **options)
+    make = lambda: jus.nnx.TransformerStack(
+        32, 4, 64, depth=2, rngs=nnx.Rngs(0), **options
+    )
+    return nnx.jit(make)()  # one program for all parameters
 
 
 def _vjp(module, x, g):

@@ -234,6 +234,18 @@ def test_a_delayed_residual_factor_is_true():
     consistent(audit_gradients(_residual_net)([*normal(3, 4, 4)], normal(6, 4)))
 
 
+def test_residual_weights_of_a_scan_are_refused():
+    def net(ws, x):
+        block = lambda x, given: (
+            jus.residual_apply(jnp.sin, x * given[0], tau=given[1]),
+            0,
+        )
+        return lax.scan(block, x, (ws, jnp.array([0.3, 2.0])))[0].sum()
+
+    with pytest.raises(ValueError, match="`tau` of `residual_.*a Python loop"):
+        audit_gradients(net)(normal(2, 4), normal(6, 4))
+
+
 def test_losses_that_are_added_have_weights_of_their_own():
     def loss(mult, w, x):
         y = jus.linear(x, w)

@@ -1,12 +1,14 @@
 """BERT: masked batches, both parametrisations, loss scales, SQuAD, and the runs."""
 
 import dataclasses
+import functools as ft
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,6 +209,35 @@ def test_one_flag_switches_the_parametrisation():
     used = scales["unit"] > 1e-6  # a key's bias moves no softmax
     assert (scales["unit"][used] > 1 / 100).all() and (scales["unit"] < 16).all()
     assert np.median(scales["unit"]) > 20 * np.median(scales["regular"])
+
+
+@pytest.mark.parametrize("parametrisation", ["regular", "unit"])
+def test_scanned_blocks_are_the_same_model(parametrisation):
+    config = dataclasses.replace(TINY, parametrisation=parametrisation)
+    ids = jax.random.randint(jax.random.key(1), (2, 8), 0, 64)
+    segments, places = jnp.zeros_like(ids), jnp.tile(jnp.arange(3), (2, 1))
+
+    def loss(graph, params):
+        logits = nnx.merge(graph, params)(ids, segments, places)
+        return jnp.sin(logits).sum()
+
+    graphs, trees = zip(
+        *(
+            fresh(
+                lambda rngs, scan=scan: MaskedLM(
+                    dataclasses.replace(config, scan=scan), 64, 16, rngs=rngs
+                ),
+                0,
+            )
+            for scan in (False, True)
+        ),
+        strict=True,
+    )
+    grads = jax.jit(
+        lambda p: [jax.value_and_grad(ft.partial(loss, g))(p) for g in graphs]
+    )
+    chex.assert_trees_all_equal(*trees)
+    chex.assert_trees_all_close(*grads(trees[0]), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_is_not_seen():

@@ -12,7 +12,8 @@ import jax_unit_scaling as jus
 
 
 def _normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    # By NumPy: JAX would compile a program for each shape.
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def _rms(x):

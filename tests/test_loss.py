@@ -85,16 +85,26 @@ def test_the_value_is_the_usual_and_the_gradient_that_of_the_sum_times_a_constan
     losses = plain(LOGITS, y, **options)
     where = None if not masked else OTHER.reshape(-1)[: losses.size] > 0
     where = where if where is None else where.reshape(losses.shape)
-    for reduction, reduced in (("mean", jnp.mean), ("sum", jnp.sum)):
-        value, grad = jax.value_and_grad(loss)(
-            LOGITS, y, **options, where=where, reduction=reduction
-        )
-        np.testing.assert_allclose(value, reduced(losses, where=where), rtol=1e-5)
-        true = jax.grad(lambda x: plain(x, y, **options).sum(where=where))(LOGITS)
-        constant = _rms(grad) / _rms(true)
-        np.testing.assert_allclose(grad, constant * true, rtol=1e-3, atol=1e-5)
+
+    @jax.jit
+    def run(logits, start):
+        both = [
+            jax.value_and_grad(loss)(
+                logits, y, **options, where=where, reduction=reduction
+            )
+            for reduction in ("mean", "sum")
+        ]
+        want = [reduced(losses, where=where) for reduced in (jnp.mean, jnp.sum)]
+        true = jax.grad(lambda x: plain(x, y, **options).sum(where=where))(logits)
         start_grad = jax.grad(loss)(start, y, **options)
         start_true = jax.grad(lambda x: plain(x, y, **options).sum())(start)
+        return both, want, true, start_grad, start_true
+
+    both, wanted, true, start_grad, start_true = run(LOGITS, start)
+    for (value, grad), want in zip(both, wanted, strict=True):
+        np.testing.assert_allclose(value, want, rtol=1e-5)
+        constant = _rms(grad) / _rms(true)
+        np.testing.assert_allclose(grad, constant * true, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(
             constant, _rms(start_grad) / _rms(start_true), rtol=1e-4
         )
@@ -147,14 +157,18 @@ def test_on_a_split_batch_it_is_the_loss_of_the_whole(
             logits, y, **options, where=where, reduction=reduction, **names
         )
 
-    pieces = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), whole)
-    for reduction in ("mean", "sum"):
-        value, want = grad(reduction, **whole)
-        values, grads = jax.vmap(
-            lambda piece, r=reduction: grad(r, **piece, batch_axis_name="b"),
-            axis_name="b",
-        )(pieces)
-        np.testing.assert_allclose(values, jnp.full(4, value), rtol=1e-5)
+    def both(whole):
+        pieces = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), whole)
+        for reduction in ("mean", "sum"):
+            each = jax.vmap(
+                lambda piece, r=reduction: grad(r, **piece, batch_axis_name="b"),
+                axis_name="b",
+            )
+            yield grad(reduction, **whole), each(pieces)
+
+    run = jax.jit(lambda whole: list(both(whole)))
+    for (value, want), (values, grads) in run(whole):
+        np.testing.assert_allclose(values, np.full(4, value), rtol=1e-5)
         np.testing.assert_allclose(
             grads.reshape(want.shape), want, rtol=1e-6, atol=1e-6
         )

@@ -17,17 +17,16 @@ from models import INPUTS, MODELS, REFERENCE, TREES, Stateful, normal
 import jax_unit_scaling as jus
 
 CASES = [(name, library) for name in MODELS for library in MODELS[name]]
-# Compiled long: each model in plain functions and one other library; `-m slow` for all.
-QUICK = {
-    "transformer": "nnx",
-    "convnet": "linen",
-    "lstm": "equinox",
-    "experts": "haiku",
-}
+# Compiled long: each model and each library once; `-m slow` for all.
+QUICK = [
+    ("transformer", "nnx"),
+    ("convnet", "jnp"),
+    ("convnet", "linen"),
+    ("lstm", "equinox"),
+    ("experts", "haiku"),
+]
 COSTLY = [
-    pytest.param(
-        *case, marks=[] if case[1] in ("jnp", QUICK[case[0]]) else pytest.mark.slow
-    )
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
     for case in CASES
 ]
 
@@ -70,6 +69,7 @@ def _same(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.slow  # of the models alone; FP8, below, tells as well
 @pytest.mark.parametrize("name, library", CASES)
 def test_a_model_is_the_reference(name, library):
     loss, params, to_tree, x = _model(name, library)
@@ -81,9 +81,10 @@ def test_a_model_is_the_reference(name, library):
 def test_simulated_fp8_is_that_of_the_hand_rounded_reference(name, library):
     loss, params, to_tree, x = _model(name, library)
     want = _reference(name, True)
-    before = jax.jit(jax.value_and_grad(jus.simulate_fp8(loss)))(params, x)
-    after = jax.jit(jus.simulate_fp8(jax.value_and_grad(loss)))(params, x)
-    for value, grads in (before, after):
+    before = jax.value_and_grad(jus.simulate_fp8(loss))
+    after = jus.simulate_fp8(jax.value_and_grad(loss))
+    both = jax.jit(lambda *args: [f(*args) for f in (before, after)])
+    for value, grads in both(params, x):
         _close((value, to_tree(grads)), want, name)
     # It is the rounding that is seen: FP8 errs by some per cent.
     exact = _reference(name, False)

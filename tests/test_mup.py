@@ -217,7 +217,8 @@ OPTIMISERS = {
 def _setting(name="adam"):
     """The u-muP model's parameters, batches, losses, trajectory and first gradients."""
     constraint = jus.to_output_scale if "constrained" in name else None
-    graph, params = nnx.split(_Transformer(readout_constraint=constraint))
+    make = lambda: _Transformer(readout_constraint=constraint)
+    graph, params = nnx.split(nnx.jit(make)())
     batch = jax.random.randint(jax.random.key(1), (BATCH, LENGTH + 1), 0, VOCABULARY)
     ids = jnp.tile(batch, (STEPS, 1, 1))  # to learn by heart
 
@@ -322,7 +323,8 @@ def test_sgds_plain_rates_depend_on_width_as_in_mups_table(constraint, truly):
 
     def rates(scale):
         sizes = WIDTH * scale, HEADS * scale, HIDDEN * scale
-        graph, params = nnx.split(_Transformer(*sizes, readout_constraint=constraint))
+        make = lambda: _Transformer(*sizes, readout_constraint=constraint)
+        graph, params = nnx.split(nnx.jit(make)())
 
         def gradients():
             def loss(params):

@@ -16,6 +16,7 @@ CASES = [
     for name, op in OPS.items()
     for i, c in enumerate(op.cases)
 ]
+KEY = jax.random.key(0)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Half precision by each operation's first case; `-m slow` for the others.
 IN_EACH_DTYPE = [
@@ -33,42 +34,59 @@ IN_EACH_DTYPE = [
 CONSTRAINABLE = [p for p in CASES if "constraint" in p.values[0]._signature.parameters]
 
 
-def _argument(spec, key, dtype):
+def _argument(spec, random, dtype):
+    # By NumPy: JAX would compile a program for each shape.
     match spec:
         case Integers():
-            return jax.random.randint(key, spec.shape, 0, spec.high)
+            return jnp.asarray(random.integers(0, spec.high, spec.shape, np.int32))
         case Zeros():
-            return jnp.zeros(spec.shape, dtype)
+            return jnp.asarray(np.zeros(spec.shape, dtype))
         case Constant():
-            return jnp.full(spec.shape, spec.value, dtype)
+            return jnp.asarray(np.full(spec.shape, spec.value, dtype))
         case Key():
-            return key
+            return KEY
         case tuple() if all(isinstance(n, int) for n in spec):
-            return _normal(key, spec, dtype)
+            return _normal(random, spec, dtype)
     return spec
 
 
-def _normal(key, shape, dtype):
-    # Drawn in float32: JAX's bfloat16 normals have a scale of less than one.
-    return jax.random.normal(key, shape).astype(dtype)
+def _normal(random, shape, dtype):
+    return jnp.asarray(random.standard_normal(shape, np.float32).astype(dtype))
 
 
-def _run(op, fn, c, dtype=jnp.float32):
-    """The output of `fn`, and the gradients by name, for unit-normal arguments."""
-    *keys, key = jax.random.split(jax.random.key(0), len(c.args) + 1)
-    args = [_argument(a, k, dtype) for a, k in zip(c.args, keys, strict=True)]
+def _arguments(c, dtype=jnp.float32, seed=0):
+    random = np.random.default_rng(seed)
+    return [_argument(a, random, dtype) for a in c.args]
+
+
+def _run(op, fns, c, dtype=jnp.float32):
+    """Of each of `fns`, alike but for numbers, the output and the gradients by name,
+    for unit-normal arguments."""
+    args = _arguments(c, dtype)
     names = list(op.factors(*args, **c.options).bwd)
     positions = [list(op._signature.parameters).index(name) for name in names]
 
-    def of_floats(*floats):
-        full = list(args)
-        for i, x in zip(positions, floats, strict=True):
-            full[i] = x
-        return fn(*full, **c.options)
+    def of_floats(fn):
+        def of(*floats):
+            full = list(args)
+            for i, x in zip(positions, floats, strict=True):
+                full[i] = x
+            return fn(*full, **c.options)
 
-    out, vjp = jax.vjp(jax.jit(of_floats), *(args[i] for i in positions))
-    grads = vjp(_normal(key, out.shape, out.dtype))
-    return out, dict(zip(names, grads, strict=True))
+        return jax.jit(of)
+
+    @jax.jit
+    def run(floats, cotangent):
+        passes = []
+        for f in jitted:
+            out, vjp = jax.vjp(f, *floats)
+            passes.append((out, dict(zip(names, vjp(cotangent), strict=True))))
+        return passes
+
+    jitted = [of_floats(fn) for fn in fns]
+    floats = [args[i] for i in positions]
+    out = jax.eval_shape(jitted[0], *floats)
+    return run(floats, _normal(np.random.default_rng(1), out.shape, out.dtype))
 
 
 def _scale(x, statistic="rms"):
@@ -79,7 +97,7 @@ def _scale(x, statistic="rms"):
 @pytest.mark.parametrize("op, c, dtype", IN_EACH_DTYPE)
 def test_unconstrained_operation_has_unit_scale_in_both_passes(op, c, dtype):
     free = op.constrained(None) if "constraint" in op._signature.parameters else op
-    out, grads = _run(op, free, c, dtype)
+    ((out, grads),) = _run(op, [free], c, dtype)
     # The scale of n independent numbers has a standard error of (2 n)^-1/2; the cases
     # have 3,000 numbers or more in each tensor, so 0.05 is four of them.
     atol = 0.05 + c.error
@@ -96,9 +114,9 @@ def test_by_default_the_gradients_of_activations_are_true_up_to_one_constant(op,
         op_default = op.constrained(jus.to_output_scale)
     else:
         op_default = op
-    fwd = op.factors(*_shapes(c), **c.options | _default(op)).fwd
-    _, grads = _run(op, op_default, c)
-    _, plain = _run(op, lambda *a, **k: fwd * op.fn(*a, **k), c)
+    fwd = op.factors(*_arguments(c), **c.options | _default(op)).fwd
+    plainly = lambda *a, **k: fwd * op.fn(*a, **k)
+    (_, grads), (_, plain) = _run(op, [op_default, plainly], c)
     for name in grads:
         got, true = (np.asarray(g[name], np.float64).ravel() for g in (grads, plain))
         cosine = got @ true / np.sqrt((got @ got) * (true @ true))
@@ -159,10 +177,6 @@ def test_what_is_wrong_is_named(call, error, match):
         call()
 
 
-def _shapes(c):
-    return [_argument(a, jax.random.key(0), jnp.float32) for a in c.args]
-
-
 def _default(op):
     return {"constraint": jus.to_output_scale} if op is OPS["linear_readout"] else {}
 
@@ -170,8 +184,9 @@ def _default(op):
 @pytest.mark.parametrize("constraint", [jus.gmean, jus.hmean, jus.amean])
 @pytest.mark.parametrize("op, c", CONSTRAINABLE)
 def test_a_constraint_makes_the_factors_of_activations_agree(op, c, constraint):
-    free = op.factors(*_shapes(c), **c.options, constraint=None)
-    tied = op.factors(*_shapes(c), **c.options, constraint=constraint)
+    args = _arguments(c)
+    free = op.factors(*args, **c.options, constraint=None)
+    tied = op.factors(*args, **c.options, constraint=constraint)
     active = [name for name in free.bwd if name not in op.parameters]
     expected = constraint(free.fwd, *(free.bwd[name] for name in active))
     np.testing.assert_allclose([tied.fwd, *(tied.bwd[n] for n in active)], expected)
@@ -187,8 +202,8 @@ def _turned(x, positions, base):
     turn = np.exp(
         1j * np.asarray(positions)[..., None, None] * base ** (-np.arange(half) / half)
     )
-    z = (np.asarray(x[..., :half]) + 1j * np.asarray(x[..., half:])) * turn
-    return np.concatenate([z.real, z.imag], -1)
+    z = (x[..., :half] + 1j * x[..., half:]) * turn
+    return jnp.concatenate([z.real, z.imag], -1)
 
 
 def _module(cls, x, kernel, bias=None, *, transpose_kernel=False, **options):
@@ -292,10 +307,21 @@ PLAIN["linear_readout"] = PLAIN["linear"]
 
 @pytest.mark.parametrize("op, c", CASES)
 def test_operation_computes_its_namesake(op, c):
-    keys = jax.random.split(jax.random.key(1), len(c.args))
-    args = [_argument(a, k, jnp.float32) for a, k in zip(c.args, keys, strict=True)]
-    want = PLAIN[op.__name__](*args, **c.options)
-    np.testing.assert_allclose(op.fn(*args, **c.options), want, rtol=1e-4, atol=1e-5)
+    args = _arguments(c, seed=1)
+    floats = {
+        i: x
+        for i, x in enumerate(args)
+        if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+    }
+
+    @jax.jit
+    def both(floats):
+        full = [floats.get(i, x) for i, x in enumerate(args)]
+        return [f(*full, **c.options) for f in (op.fn, PLAIN[op.__name__])]
+
+    got, want = both(floats)
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_every_operation_is_exported():

@@ -1,11 +1,14 @@
 """Residual schemes: the weights they stand for, and unit scale through a stack."""
 
+import functools as ft
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_unit_scaling as jus
+from jax_unit_scaling._jaxpr import Call, is_literal
 
 
 def test_a_branch_of_another_dtype_gets_cotangents_in_its_own():
@@ -64,6 +67,59 @@ def test_a_stack_has_unit_scale_in_both_passes(rule):
     # Branches that share their input are not quite independent.
     np.testing.assert_allclose(np.std(y), 1, atol=0.05)
     np.testing.assert_allclose(np.std(vjp(g)[0]), 1, atol=0.05)
+
+
+def _looped(x, kernels, taus):
+    for kernel, tau in zip(kernels, taus, strict=True):
+        x = _block(x, kernel, float(tau))
+    return x
+
+
+def _scanned(x, kernels, taus):
+    body = lambda x, block: (_block(x, *block), None)
+    return jax.lax.scan(body, x, (kernels, taus))[0]
+
+
+def _block(x, kernel, tau):
+    return jus.residual_apply(lambda r: jus.linear(jnp.tanh(r), kernel), x, tau=tau)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_blocks_with_weights_of_their_own_are_scanned(dtype):
+    x, g = jax.random.normal(jax.random.key(0), (2, 16, 32), dtype)
+    kernels = jax.random.normal(jax.random.key(1), (4, 32, 32), dtype)
+    tau = jus.running_mean_residual_rule()
+    taus = np.array([tau(i, 4) for i in range(4)], "float32")
+
+    @jax.jit
+    def both(x, kernels):
+        each = (
+            jax.vjp(ft.partial(f, taus=taus), x, kernels) for f in (_looped, _scanned)
+        )
+        return [(y, vjp(g)) for y, vjp in each]
+
+    looped, scanned = both(x, kernels)
+    tolerance = 8 * float(jnp.finfo(dtype).eps)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a.astype("float32"), b.astype("float32"), tolerance, 4 * tolerance
+        ),
+        looped,
+        scanned,
+    )
+    with pytest.raises(TypeError, match="`tau` has no gradient"):
+        jax.grad(lambda taus: _scanned(x, kernels, taus).sum())(jnp.array(taus))
+
+
+def test_a_stacks_kernels_are_the_same_for_all_blocks():
+    # XLA compiles them once, where no block's weight is written into its own.
+    def factors(tau):
+        call = Call(ft.partial(_block, kernel=np.ones((4, 4)), tau=tau), (x,), {})
+        muls = [e for e in call.region.walk() if e.primitive == "mul"]
+        return [v.val for e in muls for v in e.invars if is_literal(v)]
+
+    x = jnp.ones((2, 4))
+    assert factors(0.5) == factors(0.25)
 
 
 def test_a_weighted_add_has_unit_norm_and_its_own_gradient():

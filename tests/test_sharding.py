@@ -87,6 +87,12 @@ class _Transformer(nnx.Module):
         return self.readout(self.norm(self.stack(self.embed(ids))))
 
 
+def _normal(seed, *shape):
+    # By NumPy: JAX would compile a program for each shape.
+    random = np.random.default_rng(seed)
+    return jnp.asarray(random.standard_normal(shape, np.float32))
+
+
 @ft.cache
 def _data():
     """Tokens and labels, and a mask that leaves each piece another number of them."""
@@ -404,11 +410,9 @@ def _halves(case_id, op, args):
     axis = BATCH_AXIS.get(case_id, 0)
     halves = list(args)
     # Every other row, so that groups of rows, as `ragged_dot` has them, are halved too.
-    halves[first] = jnp.stack(
-        [
-            jnp.moveaxis(jnp.moveaxis(args[first], axis, 0)[i::2], 0, axis)
-            for i in (0, 1)
-        ]
+    rows = np.moveaxis(np.asarray(args[first]), axis, 0)
+    halves[first] = jnp.asarray(
+        np.stack([np.moveaxis(rows[i::2], 0, axis) for i in (0, 1)])
     )
     if op is OPS["ragged_dot"]:
         halves[2] = args[2] // 2
@@ -418,12 +422,11 @@ def _halves(case_id, op, args):
 @pytest.mark.parametrize("case_id", CASES)
 @on_eight_devices
 def test_an_operation_on_a_split_batch_has_the_gradients_of_the_whole(case_id):
-    from test_ops import _argument  # here, as it makes arrays when it is imported
+    from test_ops import _arguments  # here, as it makes arrays when it is imported
 
     name, _, index = case_id.rpartition("-")
     op, case = OPS[name], OPS[name].cases[int(index)]
-    keys = jax.random.split(jax.random.key(0), len(case.args))
-    args = [_argument(a, k, jnp.float32) for a, k in zip(case.args, keys, strict=True)]
+    args = _arguments(case)
     halves, split = _halves(case_id, op, args)
     names = list(op._signature.parameters)
     parameters = {
@@ -499,7 +502,7 @@ def test_a_product_in_pieces_has_the_value_and_gradients_of_the_whole(
 ):
     op, biased = PRODUCTS[name]
     x, kernel, bias, g = (
-        jax.random.normal(jax.random.key(i), shape)
+        _normal(i, *shape)
         for i, shape in enumerate([(64, 32), (32, 24), (24,), (64, 24)])
     )
     args = (x, kernel, bias if biased else None)
@@ -543,10 +546,7 @@ def test_a_product_in_pieces_has_the_value_and_gradients_of_the_whole(
 def test_jit_with_shardings_makes_the_same_native_products(specs):
     warnings.filterwarnings("ignore", "native FP8 formats on")
     mesh = _mesh(b=2, m=4)
-    args = [
-        jax.random.normal(jax.random.key(i), s)
-        for i, s in enumerate([(64, 32), (32, 24)])
-    ]
+    args = _normal(0, 64, 32), _normal(1, 32, 24)
 
     @jax.jit
     def run(x, kernel):
@@ -588,20 +588,19 @@ def test_native_products_on_a_mesh_with_explicit_axes(name, inside):
     mesh = jax.make_mesh((2, 4), ("b", "m"), axis_types=(AxisType.Explicit,) * 2)
     sizes = dict(b=8, s=4, i=32, o=24, h=4, d=8, t=12)
     args = [
-        jax.random.normal(jax.random.key(i), [sizes[x] for x in letters])
+        _normal(i, *(sizes[x] for x in letters))
         for i, letters in enumerate(subscripts.split("->")[0].split(","))
     ]
-    cotangent = jnp.cos(jnp.arange(8 * 4 * 4 * 12.0))
+    cotangent = np.cos(np.arange(8 * 4 * 4 * 12, dtype=np.float32))
 
     def run(f, *args):
         y, vjp = jax.vjp(f, *args)
-        g = cotangent[: y.size].reshape(y.shape)
-        g = g if args[0] is x else jax.sharding.reshard(g, jax.typeof(y).sharding)
-        return y, vjp(g)
+        g = jnp.asarray(cotangent[: y.size].reshape(y.shape))
+        sharding = jax.typeof(y).sharding
+        return y, vjp(g if sharding.mesh.empty else jax.sharding.reshard(g, sharding))
 
-    x = args[0]
     native = ft.partial(jus.einsum_linear, subscripts, formats=jus.NATIVE_FP8)
-    want = run(native, *args)
+    want = jax.jit(ft.partial(run, native))(*args)
     placed = [
         y if s is None else jax.device_put(y, NamedSharding(mesh, s))
         for y, s in zip(args, specs, strict=True)
@@ -653,7 +652,7 @@ def test_layers_in_pieces_compute_what_the_whole_does(module):
             "bias": P("m"),
         },
     }
-    x = jax.random.normal(jax.random.key(1), (8, 16))
+    x = _normal(1, 8, 16)
     value = lambda f: jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(f(p, x)))))
     want = value(run)(whole)
     for name, by_name in specs.items():
@@ -693,7 +692,7 @@ def test_linen_layers_in_pieces_compute_what_the_whole_does(module):
     def run(params, x, **names):
         return layer(**names).apply({"params": params}, x)
 
-    x = jax.random.normal(jax.random.key(1), (8, 16))
+    x = _normal(1, 8, 16)
     # Built with the names, outside of the mapping.
     whole = layer(in_axis_name="m").init(jax.random.key(0), x)["params"]
     specs = {
@@ -861,7 +860,7 @@ SPLIT_HIDDEN = {
 
 @on_eight_devices
 def test_linen_experts_whose_hidden_features_are_split_compute_what_the_whole_do():
-    x = jax.random.normal(jax.random.key(1), (24, 16))
+    x = _normal(1, 24, 16)
 
     def run(params, x, **names):
         y, losses = jus.linen.MoE(32, 4, **names).apply({"params": params}, x)
@@ -905,7 +904,7 @@ def _assert_close(got, want):
 def test_a_mixture_of_experts_makes_the_same_update_in_shard_map(name):
     model = "model" if "model" in name else None
     graph, params = nnx.split(_moe())
-    x = jax.random.normal(jax.random.key(1), (8, 6, 16))
+    x = _normal(1, 8, 6, 16)
     specs = P()
     if model:
         specs = _specs(lambda path, _: SPLIT_HIDDEN.get(path[-2], P()), params)
@@ -924,7 +923,7 @@ def test_a_mixture_of_experts_makes_the_same_update_in_shard_map(name):
 @on_eight_devices
 def test_experts_that_jit_keeps_on_different_devices_make_the_same_update():
     graph, params = nnx.split(_moe())
-    x = jax.random.normal(jax.random.key(1), (8, 6, 16))
+    x = _normal(1, 8, 6, 16)
     step = jax.jit(ft.partial(_moe_step, graph))
     mesh = _mesh(data=2, experts=4)
 

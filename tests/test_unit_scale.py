@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AxisType, PartitionSpec as P
 from models import clipped, halved
 from test_sharding import on_eight_devices
@@ -233,9 +234,9 @@ BAD = {"weight": 2.0**-10, "divisor": 1e5}
 def test_values_and_gradients_are_the_same(name, scales):
     loss, *args = MODELS[name](**scales)
     step = VALUE_AND_GRAD(loss)
-    want = jax.jit(step)(*args)
-    close(jax.jit(unit_scale(step, *args))(*args), want)
-    close(jax.jit(VALUE_AND_GRAD(unit_scale(loss, *args)))(*args), want)
+    ours = unit_scale(step, *args), VALUE_AND_GRAD(unit_scale(loss, *args))
+    want, *got = jax.jit(lambda *args: [f(*args) for f in (step, *ours)])(*args)
+    close(got, [want, want])
 
 
 @pytest.mark.parametrize("name", ["MLP in jnp", "transformer in jnp"])
@@ -243,8 +244,10 @@ def test_operation_by_operation_they_are_the_same_to_the_bit(name):
     """A power of two changes no mantissa; compiled, XLA may add in another order."""
     loss, *args = MODELS[name](**BAD)
     step = jax.value_and_grad(loss)
+    # Not under `disable_jit`, where the example run is compiled by operation too.
+    ours, plain = (jax.make_jaxpr(f)(*args) for f in (unit_scale(step, *args), step))
     with jax.disable_jit():  # which compiles several operations as one
-        same(unit_scale(step, *args)(*args), step(*args))
+        same(*(jaxpr_as_fun(f)(*jax.tree.leaves(args)) for f in (ours, plain)))
 
 
 @pytest.mark.parametrize("name", [m for m in MODELS if m != "mixture of experts"])
@@ -766,25 +769,33 @@ def _grad(f):
     return jax.grad(lambda *args: jnp.sum(f(*args) ** 2), (0, 1))
 
 
+def _all(*fs):
+    """Of several functions, compiled as one."""
+    return jax.jit(lambda x, w: [f(x, w) for f in fs])(X, W)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_it_goes_inside(name):
     f = FUNCTIONS[name]
-    close(jax.jit(unit_scale(f, X, W))(X, W), jax.jit(f)(X, W))
-    close(jax.jit(_grad(unit_scale(f, X, W)))(X, W), jax.jit(_grad(f))(X, W))
-    close(jax.jit(unit_scale(_grad(f), X, W))(X, W), jax.jit(_grad(f))(X, W))
+    u, step = unit_scale(f, X, W), unit_scale(_grad(f), X, W)
+    value, grads = _all(f, _grad(f))
+    close(_all(u, _grad(u), step), [value, grads, grads])
 
 
 @pytest.mark.parametrize("name", ["scan", "cond", "remat", "custom_vjp"])
 def test_it_composes_with_vmap_scan_and_remat(name):
     f = FUNCTIONS[name]
     xs = jnp.stack([X, 2 * X])
-    per_example = lambda f: jax.jit(jax.vmap(_grad(f), (0, None)))(xs, W)
-    in_scan = lambda f: jax.jit(lambda: lax.scan(lambda c, x: (c, f(x, W)), 0, xs)[1])()
-    remat = lambda f: _grad(jax.checkpoint(f))(X, W)
-    for use in (per_example, in_scan, remat):
-        close(use(unit_scale(f, X, W)), use(f))
     mapped = jax.vmap(f, (0, None))
-    close(unit_scale(mapped, xs, W)(xs, W), mapped(xs, W))
+
+    def uses(f, mapped):
+        per_example = jax.vmap(_grad(f), (0, None))
+        in_scan = lambda x, w: lax.scan(lambda c, x: (c, f(x, w)), 0, xs)[1]
+        remat = _grad(jax.checkpoint(f))
+        whole = lambda x, w: mapped(xs, w)
+        return _all(lambda x, w: per_example(xs, w), in_scan, remat, whole)
+
+    close(uses(unit_scale(f, X, W), unit_scale(mapped, xs, W)), uses(f, mapped))
 
 
 def test_forward_mode_survives():

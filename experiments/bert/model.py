@@ -32,6 +32,9 @@ class ModelConfig:
     head_size: int = 64
     positions: int = 384
     """The longest sequence."""
+    scan: bool = False
+    """Compile one block, and run through all in a loop: a deep model's program is then
+    ready in seconds, and its steps take a little longer."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -47,7 +50,7 @@ class ModelConfig:
 
 
 BASE = ModelConfig()
-LARGE = ModelConfig(width=1024, depth=24)
+LARGE = ModelConfig(width=1024, depth=24, scan=True)
 TINY = ModelConfig(width=32, depth=2, head_size=16, positions=64)
 
 
@@ -64,9 +67,7 @@ def _layers(config: ModelConfig) -> Layers:
 class Block(nnx.Module):
     """Attention and feed-forward branches, with the norm behind each sum."""
 
-    def __init__(
-        self, config: ModelConfig, layers: Layers, index: int, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: ModelConfig, layers: Layers, *, rngs: nnx.Rngs):
         width = config.width
         formats = PRECISIONS[config.precision].formats
         self.attention = layers.attention(
@@ -81,15 +82,13 @@ class Block(nnx.Module):
         self.attention_norm = layers.norm(width, rngs=rngs)
         self.mlp_norm = layers.norm(width, rngs=rngs)
         self.gelu, self.residual = layers.gelu, layers.residual
-        # BERT adds branches as they are; unit scaling needs weights, the paper's means.
-        self.taus: tuple[float | None, float | None] = (None, None)
         if config.parametrisation == "unit":
-            tau, count = jus.running_mean_residual_rule(), 2 * config.depth
-            self.taus = tau(2 * index, count), tau(2 * index + 1, count)
-            jus.nnx.set_depth(self, count)
+            jus.nnx.set_depth(self, 2 * config.depth)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        attend, feed_forward = self.taus
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, taus: tuple[Any, Any]
+    ) -> jax.Array:
+        attend, feed_forward = taus
         x = self.residual(ft.partial(self.attention, mask=mask), x, tau=attend)
         x = self.attention_norm(x)
         return self.mlp_norm(self.residual(self._feed_forward, x, tau=feed_forward))
@@ -114,8 +113,14 @@ class Encoder(nnx.Module):
         self.total = layers.total
         self.norm = layers.norm(width, rngs=rngs)
         self.blocks = nnx.List(
-            Block(config, layers, i, rngs=rngs) for i in range(config.depth)
+            Block(config, layers, rngs=rngs) for _ in range(config.depth)
         )
+        # BERT adds branches as they are; unit scaling needs weights, the paper's means.
+        tau, count = jus.running_mean_residual_rule(), 2 * config.depth
+        is_unit = config.parametrisation == "unit"
+        each = [tau(i, count) if is_unit else None for i in range(count)]
+        self.taus = tuple(zip(each[::2], each[1::2], strict=True))
+        self.scan = config.scan
 
     def __call__(
         self, ids: jax.Array, segments: jax.Array, seen: jax.Array | None = None
@@ -125,9 +130,23 @@ class Encoder(nnx.Module):
         x = self.total(self.words(ids), self.places(places), self.segments(segments))
         x = self.norm(x)
         mask = None if seen is None else seen[:, None, None, :]
-        for block in self.blocks:
-            x = block(x, mask)
+        if self.scan:
+            return self._scan(x, mask)
+        for block, taus in zip(self.blocks, self.taus, strict=True):
+            x = block(x, mask, taus)
         return x
+
+    def _scan(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        # Stacked here, and not kept so: LAMB's updates are shares of each layer's norm.
+        graphs, states = zip(*map(nnx.split, self.blocks), strict=True)
+        stack = lambda *each: jnp.stack(each)
+        blocks = jax.tree.map(stack, *zip(states, self.taus, strict=True))
+
+        def body(x: jax.Array, block: Any) -> tuple[jax.Array, None]:
+            state, taus = block
+            return nnx.merge(graphs[0], state)(x, mask, taus), None
+
+        return jax.lax.scan(body, x, blocks)[0]
 
 
 class MaskedLM(nnx.Module):

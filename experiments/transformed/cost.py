@@ -70,14 +70,19 @@ def cost(config: CostConfig) -> dict[str, Any]:
         f" config = cost.CostConfig(**{settings!r}); print(json.dumps(cost."
     )
     compiled: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    record: dict[str, Any] = {"config": settings, "jax": jax.__version__}
+    config.out.mkdir(parents=True, exist_ok=True)
+
+    def keep(**measured: Any) -> None:
+        record.update(measured)
+        (config.out / "cost.json").write_text(json.dumps(record, indent=1))
+
+    keep(**child(f"{call}steps(config)))"))
     for _ in range(config.repeats):
         for kind in KINDS:
             compiled[kind].append(child(f"{call}compile_once(config, {kind!r})))"))
-    steps = child(f"{call}steps(config)))")
-    record = {"config": settings, "jax": jax.__version__, "compile": compiled} | steps
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "cost.json").write_text(json.dumps(record, indent=1))
-    title = f"{steps['device']}, jax {jax.__version__}, width {config.width}, "
+            keep(compile=compiled)
+    title = f"{record['device']}, jax {jax.__version__}, width {config.width}, "
     title += f"{config.depth} layers, {config.batch} x {config.length} tokens, bfloat16"
     Console(width=100).print(analysis.table(summary(record), title=title))
     return record

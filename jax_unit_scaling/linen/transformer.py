@@ -398,8 +398,8 @@ def _block(
 class TransformerStack(Checked):
     """Transformer blocks in a row, each with the residual weights of its place.
 
-    A Python loop, not a scan over stacked parameters: u-muP's residual weights differ
-    from block to block, and a factor is a number that is fixed while tracing.
+    A Python loop, not a scan over stacked parameters: each block keeps its own. (For a
+    scan `residual_apply` takes the weight of each block from an array.)
 
     Attributes:
         num_heads, hidden_features: as in `TransformerBlock`.

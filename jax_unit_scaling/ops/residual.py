@@ -3,32 +3,40 @@
 import functools as ft
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from ..arguments import checked
-from ..scale import check_factor, floating, times
+from ..scale import check_factor, floating, forward_only
 
 X = Float[Array, "*shape"]
+Tau = float | Float[Array, ""]
 
 
-def residual_split(x: X, *, tau: float = 1.0) -> tuple[X, X]:
+def residual_split(x: X, *, tau: Tau = 1.0) -> tuple[X, X]:
     """Splits `x` into `(residual, skip)`, the inputs of a branch and of its skip.
 
     The branch's weight w = tau / sqrt(1 + tau^2) belongs to the forward pass at its end
     (`residual_add`) and to the backward pass here, at its start, where both cotangents
     are weighted. Delayed so, both passes are unit-scaled inside the branch. `tau` is
-    the ratio of the branch's weight to the skip's.
+    the ratio of the branch's weight to the skip's: a positive number, or a scalar array
+    where a scan over stacked blocks has another one for each: it has no gradient, and
+    gradients stacked by such a scan have a constant for each block, not one for all.
+
+    Raises:
+        TypeError: if `tau` is neither, or is differentiated.
+        ValueError: if it is a number that is not positive, or no scalar.
 
     Reference: Unit Scaling (Blake et al., 2023), section 5.3; u-muP, appendix G.
     """
-    check_factor("tau", tau)
-    return _split(floating(x), float(tau))
+    return _split(floating(x), *_static_or_traced(tau))
 
 
-def residual_add(residual: X, skip: X, *, tau: float = 1.0) -> X:
+def residual_add(residual: X, skip: X, *, tau: Tau = 1.0) -> X:
     """Joins what `residual_split` split: (tau residual + skip) / sqrt(1 + tau^2).
 
     Raises:
@@ -40,14 +48,14 @@ def residual_add(residual: X, skip: X, *, tau: float = 1.0) -> X:
             f"`residual` and `skip` must have the same shape, got {residual.shape} and "
             f"{skip.shape}: a residual branch keeps its input's shape."
         )
-    check_factor("tau", tau)
     # Promoted here, so that each cotangent comes back in its own dtype.
     dtype = jnp.result_type(residual, skip)
-    return _join(residual.astype(dtype), skip.astype(dtype), float(tau))
+    taus = _static_or_traced(tau)
+    return _join(residual.astype(dtype), skip.astype(dtype), *taus)
 
 
 @checked
-def residual_apply(fn: Callable[[X], X], x: X, *, tau: float = 1.0) -> X:
+def residual_apply(fn: Callable[[X], X], x: X, *, tau: Tau = 1.0) -> X:
     """The residual branch `(tau fn(x) + x) / sqrt(1 + tau^2)`, unit-scaled inside."""
     residual, skip = residual_split(x, tau=tau)
     return residual_add(fn(residual), skip, tau=tau)
@@ -130,29 +138,39 @@ def _check_index(index: int, layers: int) -> None:
         )
 
 
+def _static_or_traced(tau: Tau) -> tuple[float | None, Array | None]:
+    """`tau` as one of both, checked; the other is None."""
+    if not isinstance(tau, jax.Array):
+        return check_factor("tau", tau), None
+    if tau.shape:
+        raise ValueError(f"`tau` must be a number or a scalar, got shape {tau.shape}.")
+    why = "`tau` has no gradient: use `jax.lax.stop_gradient(tau)`."
+    return None, forward_only(floating(tau, "tau"), why)
+
+
 @ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _split(x: X, tau: float) -> tuple[X, X]:
+def _split(x: X, tau: float | None, traced: Array | None) -> tuple[X, X]:
     return x, x
 
 
 _split.defvjp(
-    lambda x, tau: (_split(x, tau), None),
-    lambda tau, _, g: (_weighted_sum(g[0], g[1], tau),),
+    lambda x, tau, traced: (_split(x, tau, traced), traced),
+    lambda tau, traced, g: (_weighted_sum(g[0], g[1], tau, traced), None),
 )
 
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _join(residual: X, skip: X, tau: float) -> X:
-    return _weighted_sum(residual, skip, tau)
+def _join(residual: X, skip: X, tau: float | None, traced: Array | None) -> X:
+    return _weighted_sum(residual, skip, tau, traced)
 
 
 _join.defvjp(
-    lambda residual, skip, tau: (_join(residual, skip, tau), None),
-    lambda tau, _, g: (g, g),
+    lambda residual, skip, *taus: (_join(residual, skip, *taus), None),
+    lambda tau, _, g: (g, g, None),
 )
 
 
-def _weighted_sum(branch: X, skip: X, tau: float) -> X:
+def _weighted_sum(branch: X, skip: X, tau: float | None, traced: Array | None) -> X:
     """The sum a branch + b skip, a = tau b, b = (1 + tau^2)^-1/2, rearranged.
 
     It is computed as skip + a (branch - (1 - b) / a skip).
@@ -170,6 +188,23 @@ def _weighted_sum(branch: X, skip: X, tau: float) -> X:
     For tau up to 1/2, as in a deep stack, rounding is no worse; at 4 it is a third
     more.
     """
-    n = math.hypot(1.0, tau)
-    less = tau / (n + 1)  # (1 - 1 / n) / (tau / n), without cancellation
-    return skip + times(branch - times(skip, less), tau / n)
+    wide = jnp.promote_types(skip.dtype, jnp.float32)
+
+    def terms(tau: Any, n: Any) -> tuple[Any, Any]:
+        return tau / n, tau / (n + 1)  # (1 - 1 / n) / (tau / n), without cancellation
+
+    if traced is not None:
+        a, less = terms(traced.astype(wide), jnp.hypot(1.0, traced.astype(wide)))
+    else:
+        assert tau is not None
+        # XLA compiles equal kernels once. With numbers written into them those around
+        # a residual would differ from block to block, and in nothing else.
+        a, less = lax.optimization_barrier(
+            jax.tree.map(wide.type, terms(tau, math.hypot(1.0, tau)))
+        )
+    return skip + _times(branch - _times(skip, less), a)
+
+
+def _times(x: X, weight: Array) -> X:
+    """`weight * x`, rounded once."""
+    return (x.astype(weight.dtype) * weight).astype(x.dtype)

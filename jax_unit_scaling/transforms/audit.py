@@ -317,9 +317,10 @@ class _True(Interpreter):
 
 
 # The library's functions whose backward factors are not the derivative's. All but the
-# last are linear, with coefficients that are known while tracing. (Rounding, whose
-# derivative is zero, has its own for the true one.)
-_LINEAR = ("scaling", "_split", "_join")
+# last are linear in so many inputs, with coefficients that are known while tracing but
+# for a `tau` that is one input more. (Rounding, whose derivative is zero, has its own
+# for the true one.)
+_LINEAR = {"scaling": 1, "_split": 1, "_join": 2}
 _AT_RUN_TIME = "_divided_forward"
 
 
@@ -409,14 +410,20 @@ class _Ratios:
         operation = self._operations[equation.place]
         dtype = equation.out_avals[0].dtype
         self._error[operation] = 4 * float(jnp.finfo(dtype).eps)
-        if equation.name == _AT_RUN_TIME:
-            assert outs[0] is not None
-            return [outs[0].through(operation, math.nan, 1.0), None]
         if is_product(equation):
             factor, *others = factors_of(equation)
             assert outs[0] is not None
             ratios = [outs[0].through(operation, factor, other) for other in others]
             return [*ratios, None, None, None]
+        if equation.name == _AT_RUN_TIME:
+            assert outs[0] is not None
+            return [outs[0].through(operation, math.nan, 1.0), None]
+        if len(equation.in_avals) > _LINEAR[equation.name]:
+            raise ValueError(
+                f"`tau` of `{operation.name}` ({operation.source}) must be a number to "
+                "be audited, got an array, whose elements are not known while tracing: "
+                "audit the blocks in a Python loop instead of a scan."
+            )
         coefficients = _coefficients(equation, self._rules[equation.place])
         found: list[_Ratio | None] = []
         for forward, backward in zip(*coefficients, strict=True):
