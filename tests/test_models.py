@@ -69,8 +69,7 @@ def _same(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@pytest.mark.slow  # of the models alone; FP8, below, tells as well
-@pytest.mark.parametrize("name, library", CASES)
+@pytest.mark.parametrize("name, library", COSTLY)
 def test_a_model_is_the_reference(name, library):
     loss, params, to_tree, x = _model(name, library)
     value, grads = jax.jit(jax.value_and_grad(loss))(params, x)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import AxisType, PartitionSpec as P
 
 import jax_unit_scaling as jus
-from jax_unit_scaling._jaxpr import Call, is_literal
 
 
 def test_a_branch_of_another_dtype_gets_cotangents_in_its_own():
@@ -111,15 +112,73 @@ def test_blocks_with_weights_of_their_own_are_scanned(dtype):
         jax.grad(lambda taus: _scanned(x, kernels, taus).sum())(jnp.array(taus))
 
 
-def test_a_stacks_kernels_are_the_same_for_all_blocks():
-    # XLA compiles them once, where no block's weight is written into its own.
-    def factors(tau):
-        call = Call(ft.partial(_block, kernel=np.ones((4, 4)), tau=tau), (x,), {})
-        muls = [e for e in call.region.walk() if e.primitive == "mul"]
-        return [v.val for e in muls for v in e.invars if is_literal(v)]
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
+def test_narrow_dtypes_are_kept(dtype):
+    x, y = jnp.array([0.5, -1.0, 2.0], dtype), jnp.array([1.0, 0.25, -2.0], dtype)
 
-    x = jnp.ones((2, 4))
-    assert factors(0.5) == factors(0.25)
+    def both(x, y, tau):
+        branch, skip = jus.residual_split(x, tau=tau)
+        return jus.residual_add(y, skip, tau=tau), branch
+
+    for f in (ft.partial(both, tau=0.5), lambda x, y: jax.jit(both)(x, y, 0.5)):
+        (joined, branch), vjp = jax.vjp(f, x, y)
+        grads = vjp((joined, branch))
+        assert {a.dtype for a in (joined, branch, *grads)} == {jnp.dtype(dtype)}
+        exact = (0.5 * y.astype("float32") + x.astype("float32")) / 1.25**0.5
+        rough = 4 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(joined.astype("float32"), exact, atol=rough)
+
+
+@pytest.mark.parametrize(
+    "tau",
+    [np.float32(0.5), np.array(0.5), jnp.array(0.5), nnx.Variable(jnp.array(0.5))],
+)
+def test_a_weight_that_is_known_is_a_number(tau):
+    x = jnp.ones(3)
+    for f in (
+        lambda: jus.residual_apply(jnp.sin, x, tau=tau),
+        jax.jit(lambda: jus.residual_apply(jnp.sin, x, tau=tau)),
+    ):
+        np.testing.assert_allclose(f(), jus.residual_apply(jnp.sin, x, tau=0.5), 1e-6)
+    np.testing.assert_array_equal(
+        jus.residual_apply(jnp.sin, x, tau=np.int64(1)),
+        jus.residual_apply(jnp.sin, x, tau=1.0),
+    )
+
+
+@pytest.mark.parametrize(
+    "tau, error, match",
+    [
+        (-1.0, ValueError, "positive"),
+        (jnp.array(-1.0), ValueError, "positive"),
+        (jnp.ones(2), ValueError, "shape"),
+        ("a", TypeError, "number"),
+        (None, TypeError, "number"),
+    ],
+)
+def test_other_weights_are_refused(tau, error, match):
+    for call in (jus.residual_split, ft.partial(jus.residual_apply, jnp.sin)):
+        with pytest.raises(error, match=f"`tau` must be.*{match}"):
+            call(jnp.ones(3), tau=tau)
+
+
+@pytest.mark.parametrize("tau", [0.5, None])
+def test_what_varies_over_devices_meets_what_does_not(tau):
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Auto,))
+    x, each = jnp.linspace(-1, 1, 6), jnp.array([0.5])
+
+    def stage(x, each):
+        branch = lambda r: jnp.sin(r) * (1.0 if tau is None else each[0])
+        return jus.residual_apply(branch, x, tau=tau or each[0])
+
+    def total(x):
+        specs = {"in_specs": (P(), P("i")), "out_specs": P("i")}
+        return jax.shard_map(stage, mesh=mesh, **specs)(x, each).sum()
+
+    factor = 1.0 if tau is None else 0.5
+    alone = lambda x: jus.residual_apply(lambda r: jnp.sin(r) * factor, x, tau=0.5)
+    got, want = (jax.grad(f)(x) for f in (total, lambda x: alone(x).sum()))
+    np.testing.assert_allclose(got, want, 1e-5)
 
 
 def test_a_weighted_add_has_unit_norm_and_its_own_gradient():

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jaxtyping import Array, Float
 
 from ..arguments import checked
-from ..scale import check_factor, floating, forward_only
+from ..op import varying, varying_along
+from ..scale import check_factor, floating, forward_only, times
 
 X = Float[Array, "*shape"]
 Tau = float | Float[Array, ""]
@@ -23,24 +24,27 @@ def residual_split(x: X, *, tau: Tau = 1.0) -> tuple[X, X]:
     The branch's weight w = tau / sqrt(1 + tau^2) belongs to the forward pass at its end
     (`residual_add`) and to the backward pass here, at its start, where both cotangents
     are weighted. Delayed so, both passes are unit-scaled inside the branch. `tau` is
-    the ratio of the branch's weight to the skip's: a positive number, or a scalar array
-    where a scan over stacked blocks has another one for each: it has no gradient, and
-    gradients stacked by such a scan have a constant for each block, not one for all.
+    the ratio of the branch's weight to the skip's: a positive number. Where a scan runs
+    through stacked blocks it is a scalar array, which must be positive as well and has
+    no gradient; stacked gradients then have a constant for each block.
 
     Raises:
         TypeError: if `tau` is neither, or is differentiated.
-        ValueError: if it is a number that is not positive, or no scalar.
+        ValueError: if it is a number that is not positive, or an array of a shape.
 
     Reference: Unit Scaling (Blake et al., 2023), section 5.3; u-muP, appendix G.
     """
-    return _split(floating(x), *_static_or_traced(tau))
+    number, traced = _static_or_traced(tau)
+    x, traced = _varying_alike(floating(x), traced)
+    return _split(x, number, traced)
 
 
 def residual_add(residual: X, skip: X, *, tau: Tau = 1.0) -> X:
     """Joins what `residual_split` split: (tau residual + skip) / sqrt(1 + tau^2).
 
     Raises:
-        ValueError: if the branch has changed the shape.
+        TypeError, ValueError: if the branch has changed the shape, and as
+            `residual_split` of `tau`.
     """
     residual, skip = floating(residual, "residual"), floating(skip, "skip")
     if residual.shape != skip.shape:
@@ -50,13 +54,18 @@ def residual_add(residual: X, skip: X, *, tau: Tau = 1.0) -> X:
         )
     # Promoted here, so that each cotangent comes back in its own dtype.
     dtype = jnp.result_type(residual, skip)
-    taus = _static_or_traced(tau)
-    return _join(residual.astype(dtype), skip.astype(dtype), *taus)
+    number, traced = _static_or_traced(tau)
+    residual, skip = residual.astype(dtype), skip.astype(dtype)
+    residual, skip, traced = _varying_alike(residual, skip, traced)
+    return _join(residual, skip, number, traced)
 
 
-@checked
+@ft.partial(checked, but=("tau",))
 def residual_apply(fn: Callable[[X], X], x: X, *, tau: Tau = 1.0) -> X:
-    """The residual branch `(tau fn(x) + x) / sqrt(1 + tau^2)`, unit-scaled inside."""
+    """The residual branch `(tau fn(x) + x) / sqrt(1 + tau^2)`, unit-scaled inside.
+
+    `tau` is what it is in `residual_split`.
+    """
     residual, skip = residual_split(x, tau=tau)
     return residual_add(fn(residual), skip, tau=tau)
 
@@ -140,12 +149,21 @@ def _check_index(index: int, layers: int) -> None:
 
 def _static_or_traced(tau: Tau) -> tuple[float | None, Array | None]:
     """`tau` as one of both, checked; the other is None."""
-    if not isinstance(tau, jax.Array):
+    if isinstance(tau, float | int) or not hasattr(tau, "shape"):
         return check_factor("tau", tau), None
     if tau.shape:
         raise ValueError(f"`tau` must be a number or a scalar, got shape {tau.shape}.")
+    x = tau if isinstance(tau, np.ndarray | np.generic) else jnp.asarray(tau)
+    if not isinstance(x, jax.core.Tracer):
+        return check_factor("tau", x.item()), None
     why = "`tau` has no gradient: use `jax.lax.stop_gradient(tau)`."
-    return None, forward_only(floating(tau, "tau"), why)
+    return None, forward_only(floating(x, "tau"), why)
+
+
+def _varying_alike(*arrays: Any) -> list[Any]:
+    """The arrays, along the same axes of a `shard_map`; None stays."""
+    axes = frozenset().union(*(varying(x) for x in arrays if x is not None))
+    return [x if x is None else varying_along(x, axes) for x in arrays]
 
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -188,23 +206,21 @@ def _weighted_sum(branch: X, skip: X, tau: float | None, traced: Array | None) -
     For tau up to 1/2, as in a deep stack, rounding is no worse; at 4 it is a third
     more.
     """
-    wide = jnp.promote_types(skip.dtype, jnp.float32)
-
-    def terms(tau: Any, n: Any) -> tuple[Any, Any]:
-        return tau / n, tau / (n + 1)  # (1 - 1 / n) / (tau / n), without cancellation
-
-    if traced is not None:
-        a, less = terms(traced.astype(wide), jnp.hypot(1.0, traced.astype(wide)))
-    else:
+    if traced is None:
         assert tau is not None
-        # XLA compiles equal kernels once. With numbers written into them those around
-        # a residual would differ from block to block, and in nothing else.
-        a, less = lax.optimization_barrier(
-            jax.tree.map(wide.type, terms(tau, math.hypot(1.0, tau)))
-        )
-    return skip + _times(branch - _times(skip, less), a)
+        return _rearranged(branch, skip, tau, math.hypot(1.0, tau))
+    wide = skip.dtype if jnp.finfo(skip.dtype).bits > 32 else jnp.float32
+    weight = traced.astype(wide)
+    return _rearranged(branch, skip, weight, jnp.hypot(1.0, weight))
 
 
-def _times(x: X, weight: Array) -> X:
+def _rearranged(branch: X, skip: X, tau: Any, n: Any) -> X:
+    less = tau / (n + 1)  # (1 - 1 / n) / (tau / n), without cancellation
+    return skip + _times(branch - _times(skip, less), tau / n)
+
+
+def _times(x: X, weight: Any) -> X:
     """`weight * x`, rounded once."""
+    if not isinstance(weight, jax.Array):
+        return times(x, weight)
     return (x.astype(weight.dtype) * weight).astype(x.dtype)

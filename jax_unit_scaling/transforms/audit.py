@@ -421,8 +421,8 @@ class _Ratios:
         if len(equation.in_avals) > _LINEAR[equation.name]:
             raise ValueError(
                 f"`tau` of `{operation.name}` ({operation.source}) must be a number to "
-                "be audited, got an array, whose elements are not known while tracing: "
-                "audit the blocks in a Python loop instead of a scan."
+                "be audited, got an array that is not known while tracing: audit the "
+                "blocks in a Python loop instead of a scan."
             )
         coefficients = _coefficients(equation, self._rules[equation.place])
         found: list[_Ratio | None] = []
