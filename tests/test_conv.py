@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax import nnx
 from hypothesis import assume, given, settings, strategies as st
 
@@ -13,11 +14,6 @@ import jax_unit_scaling as jus
 from jax_unit_scaling.moments import max_moments
 
 OPS = {"Conv": jus.conv, "ConvTranspose": jus.conv_transpose}
-
-
-def _normal(seed, *shape):
-    # By NumPy: JAX would compile a program for each shape.
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def _rms(x):
@@ -121,7 +117,7 @@ def test_formats_round_the_operands_and_the_cotangent(name):
         8, 8, 3, use_bias=False, formats=jus.SIMULATED_FP8, rngs=nnx.Rngs(0)
     )
     graph, params = nnx.split(layer)
-    x, g = _normal(0, 4, 9, 8), _normal(2, 4, 9, 8)
+    x, g = normal(0, 4, 9, 8), normal(2, 4, 9, 8)
     _, vjp = jax.vjp(lambda p, x: nnx.merge(graph, p)(x), params, x)
     (dkernel,), dx = map(jax.tree.leaves, vjp(g))
     rounded = [jus.quantize(a, jus.E4M3) for a in (x, layer.kernel[...])]
@@ -141,7 +137,7 @@ def test_a_mask_keeps_the_scale_and_must_be_known():
     mask = np.zeros((3, 32, 64))
     mask[:1] = 1  # a third of the weights
     layer = jus.nnx.Conv(32, 64, 3, mask=mask, constraint=None, rngs=nnx.Rngs(0))
-    x, g = _normal(0, 8, 64, 32), _normal(1, 8, 64, 64)
+    x, g = normal(0, 8, 64, 32), normal(1, 8, 64, 64)
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
     y, vjp = jax.vjp(lambda p, x: nnx.merge(graph, p, rest)(x), params, x)
     grads, dx = vjp(g)
@@ -169,7 +165,7 @@ def _batch_norm(module, x, g, **options):
 
 @pytest.mark.parametrize("options", [{}, {"use_running_average": True}])
 def test_batch_norm_is_its_namesake_with_factors_on_gain_and_bias(options):
-    x, g = 3 + 2 * _normal(0, 4, 9, 8), _normal(1, 4, 9, 8)
+    x, g = 3 + 2 * normal(0, 4, 9, 8), normal(1, 4, 9, 8)
     plain, plain_grads = _batch_norm(nnx, x, g, **options)
     unit, unit_grads = _batch_norm(jus.nnx, x, g, **options)
     for a, b in zip(unit, plain, strict=True):
@@ -179,7 +175,7 @@ def test_batch_norm_is_its_namesake_with_factors_on_gain_and_bias(options):
 
 
 def test_batch_norm_over_a_split_batch_is_that_over_the_whole():
-    x, g = _normal(0, 4, 9, 8), _normal(1, 4, 9, 8)
+    x, g = normal(0, 4, 9, 8), normal(1, 4, 9, 8)
     whole, grads = _batch_norm(jus.nnx, x, g)
     names = {"axis_name": "b", "batch_axis_name": "b"}
     parts, part_grads = jax.vmap(
@@ -192,7 +188,7 @@ def test_batch_norm_over_a_split_batch_is_that_over_the_whole():
 
 
 def test_batch_norm_in_float16_sums_over_a_large_batch():
-    x = _normal(0, 2**17, 2).astype(jnp.float16)
+    x = normal(0, 2**17, 2).astype(jnp.float16)
     (y, *_), grads = _batch_norm(jus.nnx, x, jnp.ones_like(x), dtype=jnp.float16)
     assert y.dtype == jnp.float16
     np.testing.assert_allclose(grads[0], 2**8.5, rtol=1e-3)  # the bias's

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from draws import normal
 from flax import linen as nn, nnx
 
 import jax_unit_scaling as jus
@@ -19,12 +20,6 @@ from jax_unit_scaling.ops import attention
 
 NATIVE, SIMULATED = jus.NATIVE_FP8, jus.SIMULATED_FP8
 pytestmark = pytest.mark.filterwarnings("ignore:native FP8 formats on")
-
-
-def normal(seed, *shape, dtype=jnp.float32):
-    # By NumPy: JAX would compile a program for each shape.
-    x = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    return jnp.asarray(x.astype(dtype))
 
 
 def output_and_gradients(fn, *args):

@@ -6,14 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax import nnx
 
 import jax_unit_scaling as jus
-
-
-def _normal(seed, *shape):
-    # By NumPy: JAX would compile a program for each shape.
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def _rms(x):
@@ -23,14 +19,14 @@ def _rms(x):
 def _gradients(module, x):
     graph, params = nnx.split(module)
     y, vjp = jax.vjp(lambda p: nnx.merge(graph, p)(x), params)
-    (grads,) = vjp(_normal(9, *y.shape))
+    (grads,) = vjp(normal(9, *y.shape))
     return y, grads
 
 
 def test_an_adapted_layer_starts_as_its_base_with_unit_gradients():
     layer = jus.nnx.LoRALinear(128, 64, lora_rank=16, rngs=nnx.Rngs(0))
     base = jus.nnx.Linear(128, 64, rngs=nnx.Rngs(0))
-    x = _normal(1, 256, 128)
+    x = normal(1, 256, 128)
     y, grads = _gradients(layer, x)
     np.testing.assert_array_equal(y, base(x))
     np.testing.assert_allclose(_rms(grads["lora"]["lora_b"][...]), 1, atol=0.15)
@@ -47,7 +43,7 @@ def test_what_is_learnt_has_unit_scale_and_is_added_to_the_base():
         b_initializer=nnx.initializers.normal(1.0),
         rngs=nnx.Rngs(0),
     )
-    x = _normal(1, 256, 128)
+    x = normal(1, 256, 128)
     y, grads = _gradients(lora, x)
     learnt = y - base(x)
     np.testing.assert_allclose(_rms(learnt), 1, atol=0.1)

@@ -4,12 +4,14 @@ Valid options build a module that runs, at about unit scale; of wrong ones see
 test_arguments.py.
 """
 
+import functools as ft
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax import nnx
 from hypothesis import given, settings, strategies as st
 
@@ -46,9 +48,7 @@ CONV = {
 GATED = st.sampled_from([(True, jus.silu_glu), (False, jus.gelu)])
 
 
-def _normal(*shape):
-    # By NumPy: JAX would compile a program for each shape.
-    return jnp.asarray(np.random.default_rng(7).standard_normal(shape, np.float32))
+_normal = ft.partial(normal, 7)
 
 
 def _run(module, features):

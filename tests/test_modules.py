@@ -7,14 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax import nnx
 
 import jax_unit_scaling as jus
-
-
-def _normal(seed, *shape):
-    # By NumPy: JAX would compile a program for each shape.
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def _rms(x):
@@ -29,7 +25,7 @@ def _vjp(module, *inputs):
         return nnx.merge(graph, params, rest, copy=True)(*inputs)
 
     y, vjp = jax.vjp(jax.jit(call), params, *inputs)
-    grads, *dinputs = vjp(_normal(99, *y.shape))
+    grads, *dinputs = vjp(normal(99, *y.shape))
     found = jax.tree_util.tree_leaves_with_path(grads)
     return y, {jax.tree_util.keystr(path): g for path, g in found}, dinputs
 
@@ -50,7 +46,7 @@ def test_weight_norm_keeps_unit_scale_whatever_the_weights():
     )
     norm = jus.nnx.WeightNorm(layer, rngs=nnx.Rngs(0))
     before = np.array(layer.kernel[...])
-    y, grads, (dx,) = _vjp(norm, _normal(0, 512, 128))
+    y, grads, (dx,) = _vjp(norm, normal(0, 512, 128))
     scales = _kernel(grads, "scales")
     assert scales.shape == (256,)
     np.testing.assert_allclose([_rms(y), _rms(dx)], 1, atol=0.05)
@@ -62,14 +58,14 @@ def test_weight_norm_keeps_unit_scale_whatever_the_weights():
     # Flax's norm is one: the same direction, divided by fan_in^1/2.
     plain = nnx.Linear(128, 256, use_bias=False, rngs=nnx.Rngs(0))
     plain.kernel[...] = before
-    want = nnx.WeightNorm(plain, rngs=nnx.Rngs(0))(_normal(0, 512, 128))
+    want = nnx.WeightNorm(plain, rngs=nnx.Rngs(0))(normal(0, 512, 128))
     np.testing.assert_allclose(y, want, rtol=1e-3, atol=1e-4)
 
 
 def test_spectral_norm_fixes_the_largest_singular_value_at_that_of_a_random_matrix():
     layer = jus.nnx.Conv(8, 64, 4, constraint=None, use_bias=False, rngs=nnx.Rngs(0))
     norm = jus.nnx.SpectralNorm(layer, n_steps=30, rngs=nnx.Rngs(0))
-    x = _normal(0, 64, 40, 8)
+    x = normal(0, 64, 40, 8)
     before = norm.batch_stats[("kernel", "u")][...]
     norm(x, update_stats=False)
     np.testing.assert_array_equal(norm.batch_stats[("kernel", "u")][...], before)
@@ -82,7 +78,7 @@ def test_spectral_norm_fixes_the_largest_singular_value_at_that_of_a_random_matr
     # The limit exceeds the largest singular value of a 32 x 64 matrix by about 4%.
     np.testing.assert_allclose([_rms(y), _rms(dx), _rms(_kernel(grads))], 1, atol=0.12)
     kernel, _, _ = jus.spectral_norm(
-        7 * layer.kernel[...], _normal(1, 1, 64), n_steps=30
+        7 * layer.kernel[...], normal(1, 1, 64), n_steps=30
     )
     top = np.linalg.norm(np.reshape(kernel, (32, 64)), 2)
     np.testing.assert_allclose(top, 32**0.5 + 8, rtol=0.01)
@@ -93,10 +89,10 @@ def test_linear_general_with_batch_axes_has_a_kernel_for_each_place():
     unit = jus.nnx.LinearGeneral(64, (8, 16), constraint=None, **options)
     assert unit.kernel.get_metadata()["fan_in"] == 64
     plain = nnx.LinearGeneral(64, (8, 16), **options)
-    unit.bias[...] += _normal(1, 4, 8, 16)
+    unit.bias[...] += normal(1, 4, 8, 16)
     nnx.update(plain, nnx.state(unit))
     plain.kernel[...] /= 8
-    x = _normal(0, 4, 96, 64)
+    x = normal(0, 4, 96, 64)
     np.testing.assert_allclose(unit(x), plain(x), rtol=1e-3, atol=1e-4)
     unit.bias[...] *= 0
     y, grads, (dx,) = _vjp(unit, x)
@@ -110,7 +106,7 @@ def test_a_mask_and_split_devices_change_the_statistics_alone(name):
     options = {"num_groups": 2} if name == "GroupNorm" else {}
     unit = getattr(jus.nnx, name)(64, **options, rngs=nnx.Rngs(0))
     plain = getattr(nnx, name)(64, **options, rngs=nnx.Rngs(0))
-    x, mask = _normal(0, 16, 8, 64), np.arange(64) % 32 < 24
+    x, mask = normal(0, 16, 8, 64), np.arange(64) % 32 < 24
     mask = np.broadcast_to(mask, x.shape)
     if name == "InstanceNorm":
         mask = np.broadcast_to((np.arange(8) < 6)[:, None], x.shape)
@@ -126,7 +122,7 @@ def test_a_mask_and_split_devices_change_the_statistics_alone(name):
     pieces = jnp.stack([2 * x, x])
 
     def loss(params, x):
-        return jnp.sum(nnx.merge(graph, params)(x) * _normal(1, *x.shape))
+        return jnp.sum(nnx.merge(graph, params)(x) * normal(1, *x.shape))
 
     grads, dx = jax.vmap(jax.grad(loss, (0, 1)), in_axes=(None, 0), axis_name="a")(
         params, pieces
@@ -140,7 +136,7 @@ def test_a_mask_and_split_devices_change_the_statistics_alone(name):
 
 
 def test_group_norm_takes_any_reduction_axes_that_hold_the_last():
-    x = _normal(0, 3, 4, 5, 8)
+    x = normal(0, 3, 4, 5, 8)
     norm = jus.nnx.GroupNorm(8, 2, reduction_axes=(2, -1), rngs=nnx.Rngs(0))
     plain = nnx.GroupNorm(8, 2, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(norm(x), jax.vmap(plain)(x), rtol=1e-4, atol=1e-5)
@@ -206,7 +202,7 @@ def test_both_gradients_of_a_tied_table_have_the_same_scale_and_their_sum_is_one
     embed = jus.nnx.Embed(vocabulary, width, tied=positions, rngs=nnx.Rngs(0))
     graph, params = nnx.split(embed)
     ids = jax.random.randint(jax.random.key(0), (positions,), 0, vocabulary)
-    query = _normal(1, positions, width)
+    query = normal(1, positions, width)
 
     @jax.jit
     def scales(params, query):
@@ -217,7 +213,7 @@ def test_both_gradients_of_a_tied_table_have_the_same_scale_and_their_sum_is_one
             return nnx.merge(graph, p).attend(q)
 
         logits, vjp = jax.vjp(attend, params, query)
-        of_attend, dquery = vjp(_normal(2, *logits.shape))
+        of_attend, dquery = vjp(normal(2, *logits.shape))
         # Cotangents that are independent of the query, of the scale of its own.
         _, vjp = jax.vjp(look_up, params)
         (of_look_up,) = vjp(dquery[::-1])
@@ -236,7 +232,7 @@ def test_both_directions_have_unit_scale():
     cells = [jus.nnx.GRUCell(32, 64, rngs=nnx.Rngs(i)) for i in range(2)]
     rnns = [jus.nnx.RNN(cell, rngs=nnx.Rngs(0)) for cell in cells]
     both = jus.nnx.Bidirectional(*rnns, rngs=nnx.Rngs(0))
-    x = _normal(0, 16, 24, 32)
+    x = normal(0, 16, 24, 32)
     got = nnx.jit(lambda m, x: m(x))(both, x)
     forward = nnx.jit(lambda m, x: m(x))(rnns[0], x)
     np.testing.assert_allclose(got[..., :64], forward, rtol=1e-4, atol=1e-5)
@@ -249,7 +245,7 @@ def test_both_directions_have_unit_scale():
 def test_prelu_has_the_factors_of_its_initial_slope():
     layer = jus.nnx.PReLU(0.25)
     assert layer.negative_slope.get_metadata()["role"] == "norm"
-    x = _normal(0, 2**14)
+    x = normal(0, 2**14)
     want = jus.leaky_relu(x, negative_slope=0.25)
     np.testing.assert_allclose(layer(x), want, rtol=1e-6)
     layer.negative_slope[...] = 0.5

@@ -9,15 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from draws import normal
 from flax import nnx
 
 import jax_unit_scaling as jus
 from jax_unit_scaling.ops import moe as moe_ops
-
-
-def _normal(seed, *shape):
-    # By NumPy: JAX would compile a program for each shape.
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def _rms(x):
@@ -44,7 +40,7 @@ def _vjp(module, x, output=lambda y: y[0]):
     graph, params = nnx.split(module)
     call = jax.jit(lambda params, x: output(nnx.merge(graph, params)(x)))
     y, vjp = jax.vjp(call, params, x)
-    return y, vjp(_normal(99, *y.shape).astype(y.dtype))
+    return y, vjp(normal(99, *y.shape).astype(y.dtype))
 
 
 def _named(grads):
@@ -56,7 +52,7 @@ def _named(grads):
 
 @pytest.mark.parametrize("k, mult", [(1, 1.0), (3, 0.5)])
 def test_everything_starts_near_unit_scale(k, mult):
-    x = _normal(1, 2048, 128)
+    x = normal(1, 2048, 128)
     layer = jus.nnx.MoE(128, 256, 8, k, mult=mult, rngs=nnx.Rngs(0))
     y, (params, dx) = _vjp(layer, x)
     # The sum over up, gate and router is the true gradient; in an MLP it is 1.5.
@@ -69,7 +65,7 @@ def test_everything_starts_near_unit_scale(k, mult):
 
 
 def test_a_residual_branch_has_unit_scale_at_its_ends():
-    y, (_, dx) = _vjp(_Branch(128, 256, 8), _normal(1, 8, 64, 128))
+    y, (_, dx) = _vjp(_Branch(128, 256, 8), normal(1, 8, 64, 128))
     np.testing.assert_allclose([_rms(y), _rms(dx)], 1, atol=0.15)
 
 
@@ -79,7 +75,7 @@ def test_dispatch_equals_a_dense_loop_over_the_experts(k, gated):
     layer = jus.nnx.MoE(
         16, 32, 4, k, gated=gated, activation=activation, rngs=nnx.Rngs(3)
     )
-    x = _normal(0, 3, 20, 16)
+    x = normal(0, 3, 20, 16)
     got = jax.jit(lambda x: layer(x)[0])(x)
     x = np.asarray(x)
     p = np.exp(x @ np.asarray(layer.router.kernel) / 4)
@@ -104,7 +100,7 @@ def _three_gradients(branch, x):
     graph, params = nnx.split(branch)
     call = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
     (y, losses), vjp = jax.vjp(call, params, x)
-    g, zero, no_loss = _normal(99, *y.shape), jnp.zeros_like(y), (0.0, 0.0)
+    g, zero, no_loss = normal(99, *y.shape), jnp.zeros_like(y), (0.0, 0.0)
     return {
         what: vjp((g, type(losses)(*map(jnp.asarray, of_losses))))
         for what, g, of_losses in (
@@ -117,7 +113,7 @@ def _three_gradients(branch, x):
 
 def test_gradients_are_true_up_to_a_positive_constant(truly):
     # Sizes that differ, so that a path's missing factor shows.
-    branch, x = _Branch(24, 80, 6, 2, tau=0.7), _normal(1, 96, 24)
+    branch, x = _Branch(24, 80, 6, 2, tau=0.7), normal(1, 96, 24)
     got = _three_gradients(branch, x)
     true = truly(_three_gradients, branch, x)
     for what in got:
@@ -132,7 +128,7 @@ def test_gradients_are_true_up_to_a_positive_constant(truly):
 
 
 def test_the_losses_have_the_values_of_their_formulas_and_unit_gradients():
-    logits = _normal(0, 4096, 8)
+    logits = normal(0, 4096, 8)
     # A skewed load, whose shares deviate from 1/8 by 100%, apart from the logits.
     deviation = np.array([1, -1, 1, -1, 1, -1, 1, -1]) * 0.999
     chosen = np.repeat(np.arange(8), np.round((1 + deviation) * 512).astype(int))
@@ -158,7 +154,7 @@ def test_a_balanced_load_has_the_loss_one_and_the_loss_is_of_the_named_axes():
     one_each = jnp.tile(jnp.eye(4), (8, 1))
     np.testing.assert_allclose(layer(one_each).load_balance, 1, rtol=1e-5)
     np.testing.assert_allclose(layer(one_each[::4]).load_balance, 4, rtol=1e-5)
-    x = _normal(0, 4, 6, 4)
+    x = normal(0, 4, 6, 4)
     whole = _losses_of(lambda x: x)(x.reshape(-1, 4))
     split = _losses_of(lambda x: x, batch_axis_name="b")
     for a, b in zip(jax.vmap(split, axis_name="b")(x), whole, strict=True):
@@ -182,7 +178,7 @@ def test_narrow_dtypes_and_simulated_fp8_stay_close():
     def run(dtype=jnp.float32, **more):
         layer = jus.nnx.MoE(64, 128, 4, dtype=dtype, rngs=nnx.Rngs(0), **more)
         # Rounded for all, as a rounded input changes which expert is chosen.
-        x = _normal(0, 256, 64).astype(jnp.bfloat16).astype(dtype)
+        x = normal(0, 256, 64).astype(jnp.bfloat16).astype(dtype)
         y, (_, dx) = _vjp(layer, x)
         assert y.dtype == dx.dtype == dtype
         return [np.asarray(a, np.float64) for a in (y, dx)]
@@ -212,7 +208,7 @@ def test_float16_products_with_a_positional_element_type_do_not_overflow():
 
 
 def test_ragged_dot_maps_over_leading_axes_and_folds_the_named_axis():
-    x, kernel = _normal(0, 2, 12, 8), _normal(1, 4, 8, 6)
+    x, kernel = normal(0, 2, 12, 8), normal(1, 4, 8, 6)
     sizes = jnp.array([[3, 0, 5, 4], [6, 6, 0, 0]])
     mapped = jax.vmap(ft.partial(jus.ragged_dot, batch_axis_name="b"), axis_name="b")
 
@@ -246,7 +242,7 @@ def test_einsum_is_its_namesake_at_unit_scale(subscripts):
     plain = nnx.Einsum(*sizes, bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
     unit = jus.nnx.Einsum(*sizes, rngs=nnx.Rngs(1), **defaults)
     assert unit.kernel.get_metadata()["fan_in"] == fan_in
-    x = _normal(2, *x_shape)
+    x = normal(2, *x_shape)
     y, (params, dx) = _vjp(unit, x, lambda y: y)
     np.testing.assert_allclose(_rms(y), 1, atol=0.05)
     for name, grad in _named(params):

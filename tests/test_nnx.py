@@ -6,14 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax import nnx
 
 import jax_unit_scaling as jus
-
-
-def _normal(seed, *shape):
-    # By NumPy: JAX would compile a program for each shape.
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def _rms(x):
@@ -28,7 +24,7 @@ def _vjp(module, x):
         return nnx.merge(graph, params, rest, copy=True)(x)
 
     y, vjp = jax.vjp(jax.jit(call), params, x)
-    grads, dx = vjp(_normal(99, *y.shape))
+    grads, dx = vjp(normal(99, *y.shape))
     return y, dx, grads
 
 
@@ -48,7 +44,7 @@ LAYERS = {
 def test_layers_have_unit_scale_forward_and_backward(name):
     kwargs = {} if name.endswith("Norm") else {"constraint": None}
     module = LAYERS[name](rngs=nnx.Rngs(0), **kwargs)
-    y, dx, grads = _vjp(module, _normal(1, 512, 128))
+    y, dx, grads = _vjp(module, normal(1, 512, 128))
     np.testing.assert_allclose(_rms(y), 1, atol=0.05)
     np.testing.assert_allclose(_rms(dx), 1, atol=0.05)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
@@ -70,7 +66,7 @@ def test_layers_take_every_argument_of_their_namesake(name):
         if p.default is not inspect.Parameter.empty and not k.endswith("_init")
     }
     module = NAMESAKES[name](rngs=nnx.Rngs(0), **defaults)
-    assert module(_normal(0, 4, 128)).shape[0] == 4
+    assert module(normal(0, 4, 128)).shape[0] == 4
     for path, value in nnx.iter_graph(module):
         if isinstance(value, nnx.Param) and path:
             assert value.get_metadata()["role"] in ("weight", "norm", "bias")
@@ -80,13 +76,13 @@ def test_linear_loads_a_flax_checkpoint_and_computes_the_same_up_to_its_factor()
     plain = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
     unit = jus.nnx.Linear(64, 32, rngs=nnx.Rngs(1))
     nnx.update(unit, nnx.state(plain))
-    x = _normal(0, 8, 64)
+    x = normal(0, 8, 64)
     np.testing.assert_allclose(unit(x), plain(x) / 8, rtol=1e-4, atol=1e-5)
 
 
 def test_readout_embedding_and_dropout():
     readout = jus.nnx.LinearReadout(256, 64, use_bias=False, rngs=nnx.Rngs(0))
-    y, dx, _ = _vjp(readout, _normal(0, 512, 256))
+    y, dx, _ = _vjp(readout, normal(0, 512, 256))
     np.testing.assert_allclose(_rms(y), 256**-0.5, rtol=0.05)
     np.testing.assert_allclose(_rms(dx), 1, atol=0.05)
 
@@ -94,14 +90,14 @@ def test_readout_embedding_and_dropout():
     ids = jax.random.randint(jax.random.key(0), (4000,), 0, 100)
     graph, params = nnx.split(embed)
     y, vjp = jax.vjp(lambda p: nnx.merge(graph, p)(ids), params)
-    (grad,) = jax.tree.leaves(vjp(_normal(1, *y.shape)))
+    (grad,) = jax.tree.leaves(vjp(normal(1, *y.shape)))
     np.testing.assert_allclose([_rms(y), _rms(grad)], 1, atol=0.05)
     with pytest.raises(ValueError, match="`attend` sums"):
         embed.attend(y)
 
     dropout = jus.nnx.Dropout(0.3, rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(_rms(dropout(_normal(0, 2**14))), 1, atol=0.05)
-    x = _normal(0, 8)
+    np.testing.assert_allclose(_rms(dropout(normal(0, 2**14))), 1, atol=0.05)
+    x = normal(0, 8)
     np.testing.assert_array_equal(dropout(x, deterministic=True), x)
 
 
@@ -170,7 +166,7 @@ def test_an_unconstrained_residual_branch_breaks_the_gradient(truly):
 
 def test_a_block_is_near_unit_scale_at_its_ends_and_within_a_decade_inside():
     block = jus.nnx.TransformerBlock(128, 4, 256, index=0, depth=4, rngs=nnx.Rngs(0))
-    y, dx, grads = _vjp(block, _normal(0, 8, 64, 128))
+    y, dx, grads = _vjp(block, normal(0, 8, 64, 128))
     np.testing.assert_allclose([_rms(y), _rms(dx)], 1, atol=0.15)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert 0.1 < _rms(grad) < 10, path
@@ -178,7 +174,7 @@ def test_a_block_is_near_unit_scale_at_its_ends_and_within_a_decade_inside():
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_a_block_in_simulated_fp8_or_a_narrow_dtype_stays_close(dtype):
-    x = _normal(0, 4, 32, 64)
+    x = normal(0, 4, 32, 64)
     options = {"index": 0, "depth": 2}
 
     def run(**more):
@@ -198,10 +194,10 @@ def test_formats_round_the_operands_and_the_cotangent():
     module = jus.nnx.Linear(
         64, 32, use_bias=False, formats=jus.SIMULATED_FP8, rngs=nnx.Rngs(0)
     )
-    x = _normal(0, 128, 64)
+    x = normal(0, 128, 64)
     y, dx, grads = _vjp(module, x)
     kernel = jus.quantize(module.kernel[...], jus.E4M3)
-    g = jus.quantize(_normal(99, 128, 32), jus.E5M2)
+    g = jus.quantize(normal(99, 128, 32), jus.E5M2)
     want = [
         jus.quantize(x, jus.E4M3) @ kernel / 8,
         g @ kernel.T / 8,

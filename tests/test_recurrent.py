@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from draws import normal
 from flax import nnx
 
 import jax_unit_scaling as jus
@@ -28,11 +29,6 @@ def _cell(name, *sizes, **options):
     return kind(*sizes, **{"rngs": nnx.Rngs(0)} | CELLS[name] | options)
 
 
-def _normal(seed, *shape):
-    # By NumPy: JAX would compile a program for each shape.
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
-
-
 def _rms(x, axis=None):
     return np.sqrt(np.mean(np.square(np.asarray(x, np.float64)), axis))
 
@@ -45,13 +41,13 @@ def _run(rnn, x):
         return nnx.merge(graph, params, rest, copy=True)(x)
 
     y, vjp = jax.vjp(jax.jit(call), params, x)
-    grads, dx = vjp(_normal(99, *y.shape))
+    grads, dx = vjp(normal(99, *y.shape))
     return y, dx, grads
 
 
 @pytest.mark.parametrize("name", [n for n in CELLS if n != "LSTMCell"])
 def test_cells_keep_unit_scale_over_many_steps_and_a_decade_backward(name):
-    y, dx, grads = _run(jus.nnx.RNN(_cell(name, 96, 128)), _normal(1, 16, 64, 96))
+    y, dx, grads = _run(jus.nnx.RNN(_cell(name, 96, 128)), normal(1, 16, 64, 96))
     # The factors leave out what activation functions do to correlations, and a long
     # memory takes longer than this to fill.
     np.testing.assert_allclose(_rms(y[:, 48:]), 1, atol=0.12)
@@ -70,7 +66,7 @@ def test_cells_keep_unit_scale_over_many_steps_and_a_decade_backward(name):
     ],
 )
 def test_a_gated_carry_has_unit_scale_under_its_assumptions(coupled, feedback, gate_fn):
-    matrix = _normal(0, 512, 512) * 512**-0.5
+    matrix = normal(0, 512, 512) * 512**-0.5
 
     def step(carry, key):
         value, keep, write = jax.random.normal(key, (3, 64, 512))
@@ -88,7 +84,7 @@ def test_a_gated_carry_has_unit_scale_under_its_assumptions(coupled, feedback, g
 
 @pytest.mark.parametrize("time_major", [False, True])
 def test_the_loop_divides_by_the_root_of_the_steps(time_major):
-    cell, x = _cell("SimpleCell", 8, 16), _normal(1, 4, 9, 8)
+    cell, x = _cell("SimpleCell", 8, 16), normal(1, 4, 9, 8)
     y, dx, grads = _run(jus.nnx.RNN(cell, time_major=time_major), x)
     want, plain_dx, plain = _run(nnx.RNN(cell, time_major=time_major), x)
     np.testing.assert_allclose(y, want)
@@ -175,8 +171,8 @@ def test_cells_take_every_argument_and_parameter_of_their_namesake(name):
         about, size = parameter.get_metadata(), parameter[...].shape[0]
         role = "bias" if path[-1] == "bias" else "weight"
         assert about["role"] == role and about.get("fan_in", size) == size
-    normal = nnx.initializers.normal(1.0)
-    plain = namesake(6, 8, recurrent_kernel_init=normal, rngs=nnx.Rngs(1))
+    init = nnx.initializers.normal(1.0)
+    plain = namesake(6, 8, recurrent_kernel_init=init, rngs=nnx.Rngs(1))
     nnx.update(unit, nnx.state(plain))
     # The sum of two unit-scaled products is `rescaled`; the rest are the cell's own.
     rescaled = jax.tree_util.tree_map_with_path(
@@ -186,7 +182,7 @@ def test_cells_take_every_argument_and_parameter_of_their_namesake(name):
         nnx.state(plain),
     )
     nnx.update(plain, rescaled)
-    x, h, c = _normal(0, 3, 6), _normal(1, 3, 8), _normal(2, 3, 8)
+    x, h, c = normal(0, 3, 6), normal(1, 3, 8), normal(2, 3, 8)
     np.testing.assert_allclose(
         _plain_step(name, unit, h, c, x), _plain_step(name, plain, h, c, x), atol=1e-4
     )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from draws import normal
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -85,12 +86,6 @@ class _Transformer(nnx.Module):
 
     def __call__(self, ids):
         return self.readout(self.norm(self.stack(self.embed(ids))))
-
-
-def _normal(seed, *shape):
-    # By NumPy: JAX would compile a program for each shape.
-    random = np.random.default_rng(seed)
-    return jnp.asarray(random.standard_normal(shape, np.float32))
 
 
 @ft.cache
@@ -502,7 +497,7 @@ def test_a_product_in_pieces_has_the_value_and_gradients_of_the_whole(
 ):
     op, biased = PRODUCTS[name]
     x, kernel, bias, g = (
-        _normal(i, *shape)
+        normal(i, *shape)
         for i, shape in enumerate([(64, 32), (32, 24), (24,), (64, 24)])
     )
     args = (x, kernel, bias if biased else None)
@@ -546,7 +541,7 @@ def test_a_product_in_pieces_has_the_value_and_gradients_of_the_whole(
 def test_jit_with_shardings_makes_the_same_native_products(specs):
     warnings.filterwarnings("ignore", "native FP8 formats on")
     mesh = _mesh(b=2, m=4)
-    args = _normal(0, 64, 32), _normal(1, 32, 24)
+    args = normal(0, 64, 32), normal(1, 32, 24)
 
     @jax.jit
     def run(x, kernel):
@@ -588,7 +583,7 @@ def test_native_products_on_a_mesh_with_explicit_axes(name, inside):
     mesh = jax.make_mesh((2, 4), ("b", "m"), axis_types=(AxisType.Explicit,) * 2)
     sizes = dict(b=8, s=4, i=32, o=24, h=4, d=8, t=12)
     args = [
-        _normal(i, *(sizes[x] for x in letters))
+        normal(i, *(sizes[x] for x in letters))
         for i, letters in enumerate(subscripts.split("->")[0].split(","))
     ]
     cotangent = np.cos(np.arange(8 * 4 * 4 * 12, dtype=np.float32))
@@ -652,7 +647,7 @@ def test_layers_in_pieces_compute_what_the_whole_does(module):
             "bias": P("m"),
         },
     }
-    x = _normal(1, 8, 16)
+    x = normal(1, 8, 16)
     value = lambda f: jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(f(p, x)))))
     want = value(run)(whole)
     for name, by_name in specs.items():
@@ -692,7 +687,7 @@ def test_linen_layers_in_pieces_compute_what_the_whole_does(module):
     def run(params, x, **names):
         return layer(**names).apply({"params": params}, x)
 
-    x = _normal(1, 8, 16)
+    x = normal(1, 8, 16)
     # Built with the names, outside of the mapping.
     whole = layer(in_axis_name="m").init(jax.random.key(0), x)["params"]
     specs = {
@@ -860,7 +855,7 @@ SPLIT_HIDDEN = {
 
 @on_eight_devices
 def test_linen_experts_whose_hidden_features_are_split_compute_what_the_whole_do():
-    x = _normal(1, 24, 16)
+    x = normal(1, 24, 16)
 
     def run(params, x, **names):
         y, losses = jus.linen.MoE(32, 4, **names).apply({"params": params}, x)
@@ -904,7 +899,7 @@ def _assert_close(got, want):
 def test_a_mixture_of_experts_makes_the_same_update_in_shard_map(name):
     model = "model" if "model" in name else None
     graph, params = nnx.split(_moe())
-    x = _normal(1, 8, 6, 16)
+    x = normal(1, 8, 6, 16)
     specs = P()
     if model:
         specs = _specs(lambda path, _: SPLIT_HIDDEN.get(path[-2], P()), params)
@@ -923,7 +918,7 @@ def test_a_mixture_of_experts_makes_the_same_update_in_shard_map(name):
 @on_eight_devices
 def test_experts_that_jit_keeps_on_different_devices_make_the_same_update():
     graph, params = nnx.split(_moe())
-    x = _normal(1, 8, 6, 16)
+    x = normal(1, 8, 6, 16)
     step = jax.jit(ft.partial(_moe_step, graph))
     mesh = _mesh(data=2, experts=4)
 

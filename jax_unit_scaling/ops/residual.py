@@ -206,17 +206,13 @@ def _weighted_sum(branch: X, skip: X, tau: float | None, traced: Array | None) -
     For tau up to 1/2, as in a deep stack, rounding is no worse; at 4 it is a third
     more.
     """
-    if traced is None:
-        assert tau is not None
-        return _rearranged(branch, skip, tau, math.hypot(1.0, tau))
-    wide = skip.dtype if jnp.finfo(skip.dtype).bits > 32 else jnp.float32
-    weight = traced.astype(wide)
-    return _rearranged(branch, skip, weight, jnp.hypot(1.0, weight))
-
-
-def _rearranged(branch: X, skip: X, tau: Any, n: Any) -> X:
-    less = tau / (n + 1)  # (1 - 1 / n) / (tau / n), without cancellation
-    return skip + _times(branch - _times(skip, less), tau / n)
+    weight: Any = tau
+    if traced is not None:
+        bits = jnp.finfo(skip.dtype).bits
+        weight = traced.astype(skip.dtype if bits > 32 else jnp.float32)
+    n = math.hypot(1.0, weight) if traced is None else jnp.hypot(1.0, weight)
+    less = weight / (n + 1)  # (1 - 1 / n) / (tau / n), without cancellation
+    return skip + _times(branch - _times(skip, less), weight / n)
 
 
 def _times(x: X, weight: Any) -> X:
