@@ -217,10 +217,11 @@ class Equation:
     def is_own(self) -> bool:
         """Whether it calls a function of this library's as one, as `quantize` is: by a
         jit, or with a rule. Not a loop, nor what a transformation has built again."""
+        primitive = self.primitive
+        if primitive not in ("jit", "pjit") and not primitive.startswith("custom_"):
+            return False
         source = str(getattr(self._debug_info, "func_src_info", ""))
-        is_call = self.primitive in ("jit", "pjit")
-        is_call = is_call or self.primitive.startswith("custom_")
-        return is_call and _PACKAGE in source and __file__ not in source
+        return _PACKAGE in source and __file__ not in source
 
     @property
     def is_jax(self) -> bool:
@@ -886,6 +887,7 @@ def transform(
     fn: Callable[..., Any],
     make: Callable[[Region], tuple[Interpreter, Side]],
     finish: Callable[[Any, Interpreter, dict[str, Any]], Any] = lambda out, *_: out,
+    context: Callable[[], Any] = contextlib.nullcontext,
 ) -> Callable[..., Any]:
     """`fn` evaluated by an interpreter.
 
@@ -896,11 +898,13 @@ def transform(
     Args:
         make: gives the interpreter for a jaxpr, and what travels beside its inputs.
         finish: makes the result of fn's, the interpreter and the records.
+        context: gives what is entered while `fn` is traced.
     """
 
     @ft.wraps(fn, updated=())
     def transformed(*args: Any, **kwargs: Any) -> Any:
-        call = Call(fn, args, kwargs)
+        with context():
+            call = Call(fn, args, kwargs)
         interpreter, side = make(call.region)
         interpreter.begin(call.region, [False] * len(call.leaves))
         inputs = list(map(interpreter.lift, call.leaves))

@@ -344,7 +344,8 @@ def _quantize(x: Array, format: Format, key: Array | None) -> Array:
             lax.bitcast_convert_type(subnormal, uint),
             rounded,
         )
-    rounded = jnp.minimum(rounded, largest)  # noise can step up from the last number
+    if noise is not None:  # which can step up from the last number
+        rounded = jnp.minimum(rounded, largest)
     if not format.signed_zero:
         sign = jnp.where(rounded == 0, uint.type(0), sign)
     y = lax.bitcast_convert_type(rounded | sign, wide)

@@ -6,9 +6,13 @@ and to round those to a narrow format loses them silently. That can only be seen
 it is differentiated, so the equations that would round then refuse to be.
 """
 
+import jax
 from jaxtyping import Array
 
 from ..scale import forward_only
+
+# True while a function is traced whose products' operands will be rounded to a format.
+ROUNDED_LATER = jax.make_user_context(False)
 
 _WHY = (
     "`unit_scale` was applied to a loss, and a cotangent would be rounded to a format "

@@ -29,7 +29,7 @@ from .._jaxpr import (
 )
 from ..formats import E4M3, E5M2, Format, Formats, quantize_bwd, quantize_fwd
 from ..fp8 import SCOPE
-from .order import not_rounded_later, refusal
+from .order import ROUNDED_LATER, not_rounded_later, refusal
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
@@ -135,7 +135,8 @@ def simulate_format(
     keys = (_check_key("fwd_key", fwd_key), _check_key("bwd_key", bwd_key))
     pick = (lambda _: formats) if choose is None else choose
     shared = None if keys == (None, None) else keys
-    return transform(fn, lambda region: (_Simulate(pick), Side(shared)))
+    make = lambda region: (_Simulate(pick), Side(shared))
+    return transform(fn, make, context=lambda: ROUNDED_LATER(True))
 
 
 def simulate_fp8(

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools as ft
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from .._jaxpr import (
 )
 from ..formats import quantize
 from ..fp8 import factors_of, is_product
-from .order import not_rounded_later, refusal
+from .order import ROUNDED_LATER, not_rounded_later, refusal
 from .simulate import PRODUCTS
 from .track import (
     HIGHEST,
@@ -49,12 +50,12 @@ from .track import (
     sites,
 )
 
-# By how many powers of two data may be off unit scale. CLOSE is for what is rounded or
-# multiplied out: arguments, what a loop carries, a product's operands, and what is cast
-# to a narrower dtype or quantised. Elsewhere the dtype's range decides: float32 and
-# bfloat16 (254 binades) do not notice eight, which spares a multiplication behind most
-# products and sums; float16 (30) is kept to two, and its products CLOSE.
-CLOSE, NARROW, WIDE = 1.0, 2.0, 8.0
+# By how many powers of two data may be off unit scale. What is rounded to a format, or
+# cast to a dtype of a shorter range, is held at the NEAREST. Elsewhere the range of the
+# dtype decides: float32 and bfloat16 (254 binades) do not notice eight, which spares
+# most multiplications; float16 (30) is kept to two, and to one (CLOSE) in arguments,
+# products, their operands, and what a loop carries.
+NEAREST, CLOSE, NARROW, WIDE = 0.5, 1.0, 2.0, 8.0
 # The log2 of the scale of what is zero, or was not seen.
 _NONE = -math.inf
 _ZERO = "zero or a mask's fill on the example arguments"
@@ -97,11 +98,13 @@ def unit_scale(
     """`fn` computed with tensors of unit scale: same outputs, same true gradients.
 
     Each floating-point tensor v is held as data times 2^k, where k = round(log2(rms))
-    of v in one run on the example arguments, or one that comes for free and is close:
-    within a factor of 2 where data is multiplied out, carried by a loop, cast to a
-    narrower dtype or quantised; elsewhere within 4 in float16, and 2^8 in dtypes with
-    float32's range. Arguments and results have their true values, so that optimisers
-    and checkpoints see nothing new.
+    of v in one run on the example arguments, or one that is close and comes for free,
+    or was taken for a tensor computed alike (in the layer before, so that XLA compiles
+    both layers' kernels once). Close is within a factor of 2 in float16 where data is
+    multiplied out or carried by a loop, and 4 elsewhere; in dtypes with float32's range
+    2^8, which nothing there notices. What is quantised, or cast to a dtype of a shorter
+    range, has the nearest k. Arguments and results have their true values, so that
+    optimisers and checkpoints see nothing new.
 
     Where a number would overflow that the dtype holds truly (one of 4e4 among some of
     1e-3 in float16, or the fill of a mask that is added to logits), k is larger. If it
@@ -193,7 +196,7 @@ class UnitScaled:
         call = Call(self._fn, args, kwargs)
         scales = self._matched(call)
         with jax.named_scope(UNIT_SCALED):
-            outs, _ = self._run(call.region, call.leaves, scales)
+            outs = self._run(call.region, call.leaves, scales)
         return call.result(outs)
 
     def report(self) -> tuple[Held, ...]:
@@ -204,9 +207,7 @@ class UnitScaled:
         held: dict[Place, Held] = {}
 
         def run(*leaves: Any) -> list[Any]:
-            outs, interpreter = self._run(self._region, leaves, self._scales)
-            held.update(interpreter.held)
-            return outs
+            return self._run(self._region, leaves, self._scales, held)
 
         jax.eval_shape(run, *self._shapes)
         order = sorted(held, key=lambda place: (len(place) > 1, place))
@@ -217,11 +218,12 @@ class UnitScaled:
         region: Region,
         leaves: Sequence[Any],
         scales: "Mapping[Place, _Scale]",
-    ) -> tuple[list[Any], "_UnitScale"]:
-        interpreter = _UnitScale(region, scales)
+        held: dict[Place, Held] | None = None,
+    ) -> list[Any]:
+        interpreter = _UnitScale(region, scales, held)
         values = interpreter.arguments(self._arguments, leaves)
         outs, _ = interpreter.run(region, Side(), values)
-        return list(map(interpreter.lower, outs)), interpreter
+        return list(map(interpreter.lower, outs))
 
     def _matched(self, call: Call) -> "Mapping[Place, _Scale]":
         """The scales by the places of this call, which is to have the same equations.
@@ -567,17 +569,87 @@ class _Here(NamedTuple):
     equation: Equation
     operands: list[float]
     results: list[float]
+    chosen: "_Chosen"
+    is_rounded_later: bool
 
     def bind(self, *args: Any, **changes: Any) -> list[Any]:
         return self.equation.bind(*map(_data, args), **changes)
 
+    def operand(self, i: int, value: Any, tolerance: float) -> Any:
+        """An operand, held so that its data has unit scale within the tolerance."""
+        at = (self.equation.place, "operand", i)
+        return self.chosen.settle(value, self.operands[i], tolerance, at)
+
+    def factor(self, i: int, value: Any) -> Any:
+        """An operand of a product, held so that it can be multiplied out."""
+        by_range = _tolerance(self.equation.in_avals[i])
+        tolerance = NEAREST if self.is_rounded_later else by_range
+        return self.operand(i, value, tolerance)
+
+    def result(self, i: int, value: Any, scale: float | None = None) -> Any:
+        """A result, of this scale or its own, held as its dtype's range asks for."""
+        scale = self.results[i] if scale is None else scale
+        tolerance = _tolerance(self.equation.out_avals[i])
+        if self.equation.primitive not in PRODUCTS:
+            tolerance = max(tolerance, NARROW)
+        return self.chosen.settle(value, scale, tolerance, (self.equation.place, i))
+
+
+# By how many equations in a row a layer is known again; a line of NumPy's is not more.
+_ALIKE = 8
+
+
+class _Chosen:
+    """The exponents that tensors were settled to.
+
+    What is computed alike, as layer after layer, gets the same one where that is within
+    the tolerance: XLA compiles kernels that are equal once, and a product's that differ
+    in a factor are compiled, and on a GPU tuned, one by one.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self._last: dict[Any, int] = {}
+        self._alike: dict[Place, int] = {}
+        before: deque[int] = deque(maxlen=_ALIKE)
+        for equation in region.walk():
+            avals = (*equation.in_avals, *equation.out_avals)
+            shapes = (getattr(aval, "shape", ()) for aval in avals)
+            before.append(hash((equation.primitive, *shapes)))
+            self._alike[equation.place] = hash(tuple(before))
+
+    def settle(
+        self, value: Any, scale: float, tolerance: float, at: Any, alike: Any = None
+    ) -> Any:
+        """The same tensor, held so that its data has unit scale within the tolerance.
+
+        `at` is its place and which of the equation's it is, `alike` what others have in
+        common with it if that is not the equations before.
+        """
+        exponent = getattr(value, "exponent", None)
+        if exponent is None or scale == _NONE:
+            return value
+        place, *which = at
+        keys = at, alike or (self._alike.get(place), *which)
+        known = [self._last[key] for key in keys if key in self._last]
+        close = (e for e in (*known, exponent) if abs(scale - e) <= tolerance)
+        exponent = next(close, round(scale))
+        self._last.update(dict.fromkeys(keys, exponent))
+        return _at(value, exponent)
+
 
 class _UnitScale(Interpreter):
-    def __init__(self, region: Region, scales: Mapping[Place, _Scale]) -> None:
+    def __init__(
+        self,
+        region: Region,
+        scales: Mapping[Place, _Scale],
+        held: dict[Place, Held] | None,
+    ) -> None:
+        """`held` is what to fill in for a report."""
         self._scales = dict(scales)
         self._operands: dict[Place, list[_Scale]] = {}
         self._inputs: dict[Place, list[_Scale]] = {}
-        self.held: dict[Place, Held] = {}
+        self._chosen, self._held = _Chosen(region), held
+        self._is_rounded_later = ROUNDED_LATER.value
 
         def transfer(equation: Equation, given: list[_Scale]) -> list[_Scale]:
             self._operands[equation.place] = given
@@ -623,8 +695,11 @@ class _UnitScale(Interpreter):
         for site, leaf in zip(where, leaves, strict=True):
             value = self.lift(jnp.asarray(leaf) if _is_float(leaf) else leaf)
             if site is not None:
-                value = _settle(value, self._scale(site.place).held, CLOSE)
-                self._hold(site, value, "")
+                scale, kind = self._scale(site.place).held, (site.shape, site.dtype)
+                value = self._chosen.settle(
+                    value, scale, _tolerance(site), (site.place,), kind
+                )
+                self._report(site, value, "")
             values.append(value)
         return values
 
@@ -647,7 +722,13 @@ class _UnitScale(Interpreter):
     ) -> tuple[Sequence[Any], None]:
         operands = self._operands.get(equation.place, [_Scale()] * len(args))
         results = self._results(equation)
-        here = _Here(equation, [x.held for x in operands], [y.held for y in results])
+        here = _Here(
+            equation,
+            [x.held for x in operands],
+            [y.held for y in results],
+            self._chosen,
+            self._is_rounded_later,
+        )
         rule = _rule(equation)
         outs = None if rule is None else rule(here, *args)
         reason = ""
@@ -655,15 +736,18 @@ class _UnitScale(Interpreter):
             outs = self.leave(equation, *args)
             reason = _why_truly(equation)
         outs = [
-            _narrowed(_settle(x, s, _tolerance(equation, aval)), aval)
-            for x, s, aval in zip(outs, here.results, equation.out_avals, strict=True)
+            _narrowed(here.result(i, x), aval)
+            for (i, x), aval in zip(enumerate(outs), equation.out_avals, strict=True)
         ]
-        for site, x in zip(sites(equation), outs, strict=True):
-            if site is not None:
-                self._hold(site, x, reason)
+        if self._held is not None:  # else sites would cost time for nothing
+            for site, x in zip(sites(equation), outs, strict=True):
+                if site is not None:
+                    self._report(site, x, reason)
         return outs, None
 
-    def _hold(self, site: Site, value: Any, reason: str) -> None:
+    def _report(self, site: Site, value: Any, reason: str) -> None:
+        if self._held is None:
+            return
         scale, least = self._scales.get(site.place, _Scale(math.nan))
         exponent = _exponent(value)
         if not isinstance(value, Scaled):
@@ -674,14 +758,16 @@ class _UnitScale(Interpreter):
             reason = "; ".join(filter(None, (reason, _ZERO)))
         elif exponent is not None and least > scale + CLOSE:
             reason = "; ".join(filter(None, (reason, _LARGE)))
-        self.held[site.place] = Held(site, exponent, scale, reason)
+        self._held[site.place] = Held(site, exponent, scale, reason)
 
     def carry(self, body: Region, values: Sequence[Any]) -> list[Any]:
         inputs, carried = self._inputs.get(body.place), list(values)
         for (_, into), (i, x) in zip(body.carry, enumerate(values), strict=True):
             if isinstance(x, Scaled):
                 scale = _NONE if inputs is None else inputs[into].held
-                carried[i] = _settle(_fixed(x), scale, CLOSE)
+                carried[i] = self._chosen.settle(
+                    _fixed(x), scale, _tolerance(x.data), (body.place[:-1], "carry", i)
+                )
         return carried
 
     def join(self, values: Sequence[Any]) -> Any:
@@ -785,7 +871,7 @@ def _times(x: Any, power: int, largest: float = math.inf) -> Any:
     given, limit = x, -int(info.minexp)
     while power:
         step = min(max(power, -limit), limit)
-        x, power = x * 2.0**step, power - step
+        x, power = lax.mul(x, np.asarray(2.0**step, x.dtype)), power - step
     if largest < math.inf:
         top = np.asarray(largest, x.dtype)
         x = jnp.where(jnp.isfinite(given), lax.clamp(-top, x, top), x)
@@ -816,18 +902,9 @@ def _fixed(value: Scaled) -> Scaled:
     return _at(value, 0) if value.exponent is None else value
 
 
-def _settle(value: Any, scale: float, tolerance: float) -> Any:
-    """The same tensor, held so that its data has unit scale within the tolerance."""
-    exponent = getattr(value, "exponent", None)
-    if exponent is None or scale == _NONE or abs(scale - exponent) <= tolerance:
-        return value
-    return _at(value, round(scale))
-
-
-def _tolerance(equation: Equation, aval: Any) -> float:
-    if not (_is_float(aval) and _has_short_range(aval.dtype)):
-        return WIDE
-    return CLOSE if equation.primitive in PRODUCTS else NARROW
+def _tolerance(aval: Any) -> float:
+    """Of arguments, products, their operands, and what a loop carries."""
+    return CLOSE if _is_float(aval) and _has_short_range(aval.dtype) else WIDE
 
 
 def _narrowed(value: Any, aval: Any) -> Any:
@@ -855,6 +932,10 @@ def _exponent(value: Any) -> int | None:
 
 def _held(array: Any, exponent: int | None) -> Any:
     return Scaled(array, exponent) if _is_float(array) else array
+
+
+def _bits(aval: Any) -> int:
+    return int(jnp.finfo(aval.dtype).bits)
 
 
 def _sum(*exponents: int | None) -> int | None:
@@ -914,15 +995,15 @@ def _cast(here: _Here, x: Any) -> list[Any] | None:
     (old,), (new,) = here.equation.in_avals, here.equation.out_avals
     if not (_is_float(old) and _is_float(new)):
         return None
-    if jnp.finfo(new.dtype).bits < jnp.finfo(old.dtype).bits:
-        x = _settle(x, here.operands[0], CLOSE)
+    if _has_short_range(new.dtype) and _bits(new) <= _bits(old):
+        x = here.operand(0, x, NEAREST)
     return _along(here, x)
 
 
 def _quantized(here: _Here, *args: Any) -> list[Any]:
     place = _rounded(here.equation)
     operands: list[Any] = list(map(_truly, args))
-    operands[place] = x = _settle(args[place], here.operands[place], CLOSE)
+    operands[place] = x = here.operand(place, args[place], NEAREST)
     return [_held(y, _exponent(x)) for y in here.bind(*operands)]
 
 
@@ -996,8 +1077,7 @@ def _product(here: _Here, lhs: Any, rhs: Any, *rest: Any) -> list[Any] | None:
 
     One that was zero is taken for a sum of independent terms.
     """
-    given = zip((lhs, rhs), here.operands, strict=False)
-    lhs, rhs = (_settle(x, s, CLOSE) for x, s in given)
+    lhs, rhs = (here.factor(i, x) for i, x in enumerate((lhs, rhs)))
     if not _is_float(here.equation.out_avals[0]):
         return None
     wide = here.equation.out_avals[0].dtype == jnp.float16
@@ -1015,16 +1095,14 @@ def _product(here: _Here, lhs: Any, rhs: Any, *rest: Any) -> list[Any] | None:
     if here.results[0] == _NONE and exponent is not None:
         terms = _terms(here.equation)
         scale = exponent + math.log2(terms) / 2
-        tolerance = _tolerance(here.equation, here.equation.out_avals[0])
-        return [_settle(Scaled(y, exponent), scale, tolerance)]
+        return [here.result(0, Scaled(y, exponent), scale)]
     return [_held(y, exponent)]
 
 
 def _native_product(here: _Here, lhs: Any, rhs: Any, *factors: Any) -> list[Any]:
     """As `_product`; its rule would round a cotangent, and there is none in a backward
     pass that is written down."""
-    given = zip((lhs, rhs), here.operands, strict=False)
-    lhs, rhs = (_settle(x, s, CLOSE) for x, s in given)
+    lhs, rhs = (here.operand(i, x, NEAREST) for i, x in enumerate((lhs, rhs)))
     (y,) = here.bind(lhs, rhs, *factors_of(here.equation))
     return [_held(not_rounded_later(y), _sum(_exponent(lhs), _exponent(rhs)))]
 
@@ -1052,7 +1130,7 @@ def _to_the(power: Callable[[_Here], float]) -> _Rule:
             return None
         p = power(here)
         if abs(p) > 2:  # which would take what is off its scale far off
-            x = _settle(x, here.operands[0], 0.5)
+            x = here.operand(0, x, NEAREST)
         if x.exponent is not None and (p * x.exponent) % 1:
             x = _at(x, x.exponent - 1)
         exponent = None if x.exponent is None else round(p * x.exponent)
