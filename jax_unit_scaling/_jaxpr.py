@@ -399,6 +399,10 @@ class Interpreter:
     def lower(self, value: Value) -> Any:
         return value
 
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """What is entered while the rule of a custom derivative is traced."""
+        return contextlib.nullcontext()
+
     def carry(self, body: Region, values: Sequence[Value]) -> Sequence[Value]:
         """What a loop starts from, with the static parts that it is to keep."""
         return values
@@ -679,7 +683,8 @@ def _custom(self: Interpreter, equation: Equation, side: Side, args: Any) -> Out
         return run(region, shared, args)
 
     def interpret(fn: Callable[..., Any], n: int, shared: Any, *args: Any) -> Any:
-        inner, leaves, tree = trace(fn, *args)
+        with self.context():
+            inner, leaves, tree = trace(fn, *args)
         scope = f"{equation.scope}/transpose()" if fn is transpose else equation.scope
         place = (*equation.place, n)
         inner = dataclasses.replace(inner, place=place, scope=scope, around=equation)

@@ -98,16 +98,16 @@ def unit_scale(
     """`fn` computed with tensors of unit scale: same outputs, same true gradients.
 
     Each floating-point tensor v is held as data times 2^k, where k = round(log2(rms))
-    of v in one run on the example arguments, or one that is close and comes for free,
-    or was taken for a tensor computed alike (in the layer before, so that XLA compiles
-    both layers' kernels once). Close is within a factor of 2 in float16 where data is
-    multiplied out or carried by a loop, and 4 elsewhere; in dtypes with float32's range
-    2^8, which nothing there notices. What is quantised, or cast to a dtype of a shorter
-    range, has the nearest k. Arguments and results have their true values, so that
-    optimisers and checkpoints see nothing new.
+    of v in one run on the example arguments, or another that is close: the one that
+    comes for free, or that a tensor has which is computed alike, so that XLA compiles
+    the kernels of both layers once. Close is within a factor of 2 in float16 where data
+    is multiplied out or carried by a loop, and 4 elsewhere; in dtypes with float32's
+    range, which is not short of it, 2^8. What is quantised, or cast to a dtype of a
+    shorter range than float32's, has the nearest k. Arguments and results have their
+    true values, so that optimisers and checkpoints see nothing new.
 
     Where a number would overflow that the dtype holds truly (one of 4e4 among some of
-    1e-3 in float16, or the fill of a mask that is added to logits), k is larger. If it
+    1e-3 in float16, or the fill of a mask among logits), k is larger. If it
     is only in later arguments, it becomes the largest that there is at this k; with
     float32's range, where that is 2^k 3e38, it becomes infinite.
 
@@ -200,7 +200,8 @@ class UnitScaled:
         return call.result(outs)
 
     def report(self) -> tuple[Held, ...]:
-        """How each tensor is held, in the order of computation.
+        """How each tensor is held, in the order of computation: on arguments like the
+        example ones, and with no simulation of a format around it.
 
         Those with a `reason` are not, or not surely, of unit scale.
         """
@@ -350,6 +351,11 @@ class _Scale(NamedTuple):
         """The log2 of the scale that its data is to be divided by."""
         return _NONE if self.log2 == _NONE else max(self)
 
+    def allows(self, exponent: int, tolerance: float) -> bool:
+        """Whether data at this exponent has unit scale within the tolerance, and its
+        largest number does not overflow."""
+        return exponent >= self.least and abs(self.held - exponent) <= tolerance
+
     def join(self, other: "_Scale") -> "_Scale":
         return _Scale(*map(max, self, other))
 
@@ -380,7 +386,7 @@ def _of_constants(call: Call) -> dict[Place, _Scale]:
 def _scales(measured: Any) -> dict[Place, _Scale]:
     found = jax.tree.leaves(measured, is_leaf=_is_measured)
     return {
-        x.place: _Scale(_log2(x.size, x.scale), _least(x.place, x.dtype, x.largest))
+        x.place: _Scale(_log2(x.size, x.scale), _least(x.dtype, x.largest))
         for x in jax.device_get(found)
         if np.sum(x.runs) > 0
     }
@@ -427,7 +433,7 @@ def _recorded_scale(tensor: Tensor) -> _Scale:
     size = counts.sum() + np.sum(stats.zeros)
     return _Scale(
         _log2(size, math.sqrt(counts @ square / max(size, 1))),
-        _least(site.place, site.dtype, stats.largest),
+        _least(site.dtype, stats.largest),
     )
 
 
@@ -437,18 +443,17 @@ def _log2(size: Any, scale: Any) -> float:
     return float(np.log2(mean) / 2) if 0 < mean < math.inf else _NONE
 
 
-def _least(place: Place, dtype: np.dtype, largest: Any) -> float:
-    """The log2 of the least scale at which the largest number does not overflow.
-
-    Not asked for of what is computed in dtypes with float32's range: only a mask's fill
-    is so large in them, and `_at` takes care of it.
-    """
-    is_given = len(place) == 1 or place[-1] < 0  # an argument or a constant
+def _least(dtype: np.dtype, largest: Any) -> float:
+    """The log2 of the least scale at which the largest number does not overflow."""
     top = np.max(largest, initial=0) / float(jnp.finfo(dtype).max)
-    if not top or not (is_given or _has_short_range(dtype)):
-        return -math.inf
     # A whole number, as exponents are. What rounds to the largest number is held.
-    return math.ceil(math.log2(top) - 1e-3)
+    return math.ceil(math.log2(top) - 1e-3) if top else -math.inf
+
+
+def _of_literal(value: Any) -> _Scale:
+    if not (_is_float(value) and math.isfinite(value)):
+        return _Scale()
+    return _Scale(least=_least(value.dtype, abs(float(value))))
 
 
 class _Calibrate(Interpreter):
@@ -564,11 +569,11 @@ class Scaled:
 
 
 class _Here(NamedTuple):
-    """An equation, and the log2 of the scales of its inputs and outputs."""
+    """An equation, the scales of its inputs and outputs, and what settles them."""
 
     equation: Equation
-    operands: list[float]
-    results: list[float]
+    operands: list[_Scale]
+    results: list[_Scale]
     chosen: "_Chosen"
     is_rounded_later: bool
 
@@ -577,25 +582,43 @@ class _Here(NamedTuple):
 
     def operand(self, i: int, value: Any, tolerance: float) -> Any:
         """An operand, held so that its data has unit scale within the tolerance."""
-        at = (self.equation.place, "operand", i)
-        return self.chosen.settle(value, self.operands[i], tolerance, at)
+        key = _Key(self.equation.place, "operand", i)
+        return self.chosen.settle(value, self.operands[i], tolerance, key)
 
-    def factor(self, i: int, value: Any) -> Any:
+    def for_unknown_results(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The operands, closer if what comes of them was zero or not seen: nothing will
+        settle that, and squares of squares would add up what they are off."""
+        pairs = zip(self.results, self.equation.out_avals, strict=True)
+        if not any(y.log2 == _NONE and _is_float(aval) for y, aval in pairs):
+            return args
+        return [self.operand(i, x, CLOSE) for i, x in enumerate(args)]
+
+    def multiplicand(self, i: int, value: Any) -> Any:
         """An operand of a product, held so that it can be multiplied out."""
-        by_range = _tolerance(self.equation.in_avals[i])
-        tolerance = NEAREST if self.is_rounded_later else by_range
-        return self.operand(i, value, tolerance)
+        avals = (self.equation.in_avals[i], *self.equation.out_avals)
+        by_range = min(map(_tolerance, avals))
+        return self.operand(i, value, NEAREST if self.is_rounded_later else by_range)
 
-    def result(self, i: int, value: Any, scale: float | None = None) -> Any:
+    def result(self, i: int, value: Any, scale: _Scale | None = None) -> Any:
         """A result, of this scale or its own, held as its dtype's range asks for."""
         scale = self.results[i] if scale is None else scale
         tolerance = _tolerance(self.equation.out_avals[i])
         if self.equation.primitive not in PRODUCTS:
             tolerance = max(tolerance, NARROW)
-        return self.chosen.settle(value, scale, tolerance, (self.equation.place, i))
+        key = _Key(self.equation.place, "result", i)
+        return self.chosen.settle(value, scale, tolerance, key)
 
 
-# By how many equations in a row a layer is known again; a line of NumPy's is not more.
+class _Key(NamedTuple):
+    """A tensor: the i-th of an equation's operands, results or what it carries."""
+
+    place: Place
+    role: str
+    i: int
+
+
+# So many equations in a row are those of a layer again. Fewer may be on one line of a
+# model, where `x * y * z` is two that are not alike.
 _ALIKE = 8
 
 
@@ -609,30 +632,31 @@ class _Chosen:
 
     def __init__(self, region: Region) -> None:
         self._last: dict[Any, int] = {}
-        self._alike: dict[Place, int] = {}
+        self._alike: dict[Place, tuple[int, ...]] = {}
+        kinds: dict[Any, int] = {}
         before: deque[int] = deque(maxlen=_ALIKE)
         for equation in region.walk():
             avals = (*equation.in_avals, *equation.out_avals)
-            shapes = (getattr(aval, "shape", ()) for aval in avals)
-            before.append(hash((equation.primitive, *shapes)))
-            self._alike[equation.place] = hash(tuple(before))
+            kind = equation.primitive, *map(_kind, avals)
+            before.append(kinds.setdefault(kind, len(kinds)))
+            self._alike[equation.place] = tuple(before)
 
-    def settle(
-        self, value: Any, scale: float, tolerance: float, at: Any, alike: Any = None
-    ) -> Any:
-        """The same tensor, held so that its data has unit scale within the tolerance.
-
-        `at` is its place and which of the equation's it is, `alike` what others have in
-        common with it if that is not the equations before.
-        """
+    def settle(self, value: Any, scale: _Scale, tolerance: float, key: _Key) -> Any:
+        """The same tensor, held so that its data has unit scale within the tolerance,
+        and none of it overflows."""
         exponent = getattr(value, "exponent", None)
-        if exponent is None or scale == _NONE:
+        if exponent is None or scale.log2 == _NONE:
             return value
-        place, *which = at
-        keys = at, alike or (self._alike.get(place), *which)
-        known = [self._last[key] for key in keys if key in self._last]
-        close = (e for e in (*known, exponent) if abs(scale - e) <= tolerance)
-        exponent = next(close, round(scale))
+        keys: list[Any] = [key]  # the same once more, as JAX may trace a loop's body
+        if key.role == "argument":
+            keys.append((key.role, _kind(value.data)))
+        elif key.place in self._alike:
+            keys.append((self._alike[key.place], *key[1:]))
+        known = [self._last[k] for k in keys if k in self._last]
+        # An argument is left as it is given, if it can be.
+        each = (exponent, *known) if key.role == "argument" else (*known, exponent)
+        close = (e for e in each if scale.allows(e, tolerance))
+        exponent = next(close, round(scale.held))
         self._last.update(dict.fromkeys(keys, exponent))
         return _at(value, exponent)
 
@@ -677,6 +701,7 @@ class _UnitScale(Interpreter):
             transfer,
             join=_Scale.join,
             bottom=_Scale(),
+            literal=lambda _, x: _of_literal(x),
             opens=lambda e: e.can_be_opened and not self.wants(e),
             enter=enter,
         )
@@ -695,10 +720,8 @@ class _UnitScale(Interpreter):
         for site, leaf in zip(where, leaves, strict=True):
             value = self.lift(jnp.asarray(leaf) if _is_float(leaf) else leaf)
             if site is not None:
-                scale, kind = self._scale(site.place).held, (site.shape, site.dtype)
-                value = self._chosen.settle(
-                    value, scale, _tolerance(site), (site.place,), kind
-                )
+                scale, key = self._scale(site.place), _Key(site.place, "argument", 0)
+                value = self._chosen.settle(value, scale, _tolerance(site), key)
                 self._report(site, value, "")
             values.append(value)
         return values
@@ -722,15 +745,10 @@ class _UnitScale(Interpreter):
     ) -> tuple[Sequence[Any], None]:
         operands = self._operands.get(equation.place, [_Scale()] * len(args))
         results = self._results(equation)
-        here = _Here(
-            equation,
-            [x.held for x in operands],
-            [y.held for y in results],
-            self._chosen,
-            self._is_rounded_later,
-        )
+        later = self._is_rounded_later
+        here = _Here(equation, operands, results, self._chosen, later)
         rule = _rule(equation)
-        outs = None if rule is None else rule(here, *args)
+        outs = None if rule is None else rule(here, *here.for_unknown_results(args))
         reason = ""
         if outs is None:
             outs = self.leave(equation, *args)
@@ -756,7 +774,7 @@ class _UnitScale(Interpreter):
             reason = "; ".join(filter(None, (reason, _UNSEEN)))
         elif exponent is not None and scale == _NONE:
             reason = "; ".join(filter(None, (reason, _ZERO)))
-        elif exponent is not None and least > scale + CLOSE:
+        elif exponent is not None and least > scale + _tolerance(site):
             reason = "; ".join(filter(None, (reason, _LARGE)))
         self._held[site.place] = Held(site, exponent, scale, reason)
 
@@ -764,9 +782,10 @@ class _UnitScale(Interpreter):
         inputs, carried = self._inputs.get(body.place), list(values)
         for (_, into), (i, x) in zip(body.carry, enumerate(values), strict=True):
             if isinstance(x, Scaled):
-                scale = _NONE if inputs is None else inputs[into].held
+                scale = _Scale() if inputs is None else inputs[into]
+                key = _Key(body.place[:-1], "carry", i)
                 carried[i] = self._chosen.settle(
-                    _fixed(x), scale, _tolerance(x.data), (body.place[:-1], "carry", i)
+                    _fixed(x), scale, _tolerance(x.data), key
                 )
         return carried
 
@@ -789,6 +808,8 @@ class _UnitScale(Interpreter):
         if value == 0 or not math.isfinite(value):
             return Scaled(np.asarray(value, dtype), None)
         exponent = round(math.log2(abs(value)))
+        if not _has_short_range(dtype):  # what one factor takes back
+            exponent = min(exponent, -int(jnp.finfo(dtype).minexp))
         return Scaled(np.asarray(math.ldexp(value, -exponent), dtype), exponent)
 
     def lower(self, value: Any) -> Any:
@@ -812,7 +833,7 @@ def _rounded(equation: Equation) -> int:
 
 
 def _kind(aval: Any) -> tuple[Any, Any]:
-    return aval.shape, aval.dtype
+    return getattr(aval, "shape", ()), getattr(aval, "dtype", None)
 
 
 def _is_one_of(equation: Equation, *ends: str) -> bool:
@@ -871,6 +892,8 @@ def _times(x: Any, power: int, largest: float = math.inf) -> Any:
     given, limit = x, -int(info.minexp)
     while power:
         step = min(max(power, -limit), limit)
+        if x is not given:  # else XLA makes one factor of two, which may be infinite
+            x = lax.optimization_barrier(x)
         x, power = lax.mul(x, np.asarray(2.0**step, x.dtype)), power - step
     if largest < math.inf:
         top = np.asarray(largest, x.dtype)
@@ -991,7 +1014,7 @@ def _summed(here: _Here, x: Any, *rest: Any) -> list[Any]:
 
 
 def _cast(here: _Here, x: Any) -> list[Any] | None:
-    """A cast acts on the data, which is brought to unit scale for a narrower dtype."""
+    """A cast acts on the data, which is brought to unit scale for a shorter range."""
     (old,), (new,) = here.equation.in_avals, here.equation.out_avals
     if not (_is_float(old) and _is_float(new)):
         return None
@@ -1022,16 +1045,19 @@ def _aligned(here: _Here, *args: Any) -> list[Any]:
 def _common(here: _Here, args: Sequence[Any]) -> int | None:
     """An operand's exponent, of those the nearest to the result's scale.
 
-    In float16 the result's own where that is far above: at the exponent of small logits
-    a mask's fill would not be one.
+    The result's own where its largest number would overflow at that, and in float16
+    where that is far above: at the exponent of small logits a mask's fill would not be
+    one.
     """
     known = [x for x in args if getattr(x, "exponent", None) is not None]
-    scale = here.results[0]
+    scale, least = here.results[0].held, here.results[0].least
     far = (lambda e: -e) if scale == _NONE else (lambda e: abs(e - scale))
     nearest = min((x.exponent for x in known), key=far, default=None)
-    if nearest is None or scale - nearest <= NARROW:
+    if nearest is None or scale == _NONE:
         return nearest
-    return round(scale) if _has_short_range(known[0].data.dtype) else nearest
+    is_short = _has_short_range(known[0].data.dtype)
+    is_far = is_short and scale - nearest > NARROW
+    return round(scale) if is_far or nearest < least else nearest
 
 
 def _scattered(here: _Here, *args: Any) -> list[Any] | None:
@@ -1077,7 +1103,7 @@ def _product(here: _Here, lhs: Any, rhs: Any, *rest: Any) -> list[Any] | None:
 
     One that was zero is taken for a sum of independent terms.
     """
-    lhs, rhs = (here.factor(i, x) for i, x in enumerate((lhs, rhs)))
+    lhs, rhs = (here.multiplicand(i, x) for i, x in enumerate((lhs, rhs)))
     if not _is_float(here.equation.out_avals[0]):
         return None
     wide = here.equation.out_avals[0].dtype == jnp.float16
@@ -1092,16 +1118,16 @@ def _product(here: _Here, lhs: Any, rhs: Any, *rest: Any) -> list[Any] | None:
     changes = {"preferred_element_type": np.dtype(np.float32)} if wide else {}
     exponent = _sum(_exponent(lhs), _exponent(rhs))
     (y,) = here.bind(lhs, rhs, *rest, **changes)
-    if here.results[0] == _NONE and exponent is not None:
+    if here.results[0].log2 == _NONE and exponent is not None:
         terms = _terms(here.equation)
-        scale = exponent + math.log2(terms) / 2
+        scale = _Scale(exponent + math.log2(terms) / 2)
         return [here.result(0, Scaled(y, exponent), scale)]
     return [_held(y, exponent)]
 
 
 def _native_product(here: _Here, lhs: Any, rhs: Any, *factors: Any) -> list[Any]:
-    """As `_product`; its rule would round a cotangent, and there is none in a backward
-    pass that is written down."""
+    """A product that rounds its operands. Its rule would round a cotangent, and there
+    is none in a backward pass that is written down."""
     lhs, rhs = (here.operand(i, x, NEAREST) for i, x in enumerate((lhs, rhs)))
     (y,) = here.bind(lhs, rhs, *factors_of(here.equation))
     return [_held(not_rounded_later(y), _sum(_exponent(lhs), _exponent(rhs)))]
