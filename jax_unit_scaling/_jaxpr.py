@@ -357,7 +357,13 @@ class Interpreter:
     """A transformation: what it wants, and what it makes of it. This one wants nothing.
 
     An instance serves one trace; see the file's docstring for what each method is for.
+
+    Attributes:
+        context: gives what is entered while the function, or the rule of a custom
+            derivative in it, is traced.
     """
+
+    context: Callable[[], Any] = contextlib.nullcontext
 
     def wants(self, equation: Equation) -> bool:
         """Whether `rewrite` is to evaluate this equation; a static question."""
@@ -398,10 +404,6 @@ class Interpreter:
 
     def lower(self, value: Value) -> Any:
         return value
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """What is entered while the rule of a custom derivative is traced."""
-        return contextlib.nullcontext()
 
     def carry(self, body: Region, values: Sequence[Value]) -> Sequence[Value]:
         """What a loop starts from, with the static parts that it is to keep."""
@@ -903,7 +905,7 @@ def transform(
     Args:
         make: gives the interpreter for a jaxpr, and what travels beside its inputs.
         finish: makes the result of fn's, the interpreter and the records.
-        context: gives what is entered while `fn` is traced.
+        context: the interpreter's.
     """
 
     @ft.wraps(fn, updated=())
@@ -911,6 +913,7 @@ def transform(
         with context():
             call = Call(fn, args, kwargs)
         interpreter, side = make(call.region)
+        interpreter.context = context
         interpreter.begin(call.region, [False] * len(call.leaves))
         inputs = list(map(interpreter.lift, call.leaves))
         outs, records = interpreter.run(call.region, side, inputs)

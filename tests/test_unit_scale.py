@@ -547,7 +547,7 @@ def test_what_is_zero_at_first_has_the_scale_of_independent_terms():
 
 
 def test_what_was_not_seen_or_zero_is_no_further_off_than_its_operands():
-    """Of which each but one is as far off unit scale as its dtype allows."""
+    """Nothing settles it, and squares of squares add up what each is off."""
 
     def powers(x):
         for _ in range(5):  # to the 32nd

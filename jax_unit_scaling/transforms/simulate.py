@@ -136,7 +136,7 @@ def simulate_format(
     pick = (lambda _: formats) if choose is None else choose
     shared = None if keys == (None, None) else keys
     make = lambda region: (_Simulate(pick), Side(shared))
-    return transform(fn, make, context=_rounded_later)
+    return transform(fn, make, context=lambda: ROUNDED_LATER(True))
 
 
 def simulate_fp8(
@@ -213,19 +213,11 @@ def _product(equation: Equation, inside: str = "") -> Product:
     )
 
 
-def _rounded_later() -> Any:
-    """What is entered while a function is traced, which may call `unit_scale`."""
-    return ROUNDED_LATER(True)
-
-
 class _Simulate(Interpreter):
     def __init__(self, choose: Choice) -> None:
         self._choose = choose
         self._cotangent: dict[tuple[int, ...], int | None] = {}
         self._in_rules: set[tuple[int, ...]] = set()
-
-    def context(self) -> Any:
-        return _rounded_later()
 
     def begin(self, region: Region, cotangents: Sequence[bool]) -> None:
         ones = any(

@@ -107,9 +107,9 @@ def unit_scale(
     true values, so that optimisers and checkpoints see nothing new.
 
     Where a number would overflow that the dtype holds truly (one of 4e4 among some of
-    1e-3 in float16, or the fill of a mask among logits), k is larger. If it
-    is only in later arguments, it becomes the largest that there is at this k; with
-    float32's range, where that is 2^k 3e38, it becomes infinite.
+    1e-3 in float16, or the fill of a mask among logits), k is larger. If it is only in
+    later arguments, it becomes the largest that there is at this k; with float32's
+    range, where that is 2^k 3e38, it becomes infinite.
 
     Linear and homogeneous operations move the powers of two along: those of a product's
     operands add up, a sum's operands are brought to the same one, a quotient's are
@@ -450,12 +450,6 @@ def _least(dtype: np.dtype, largest: Any) -> float:
     return math.ceil(math.log2(top) - 1e-3) if top else -math.inf
 
 
-def _of_literal(value: Any) -> _Scale:
-    if not (_is_float(value) and math.isfinite(value)):
-        return _Scale()
-    return _Scale(least=_least(value.dtype, abs(float(value))))
-
-
 class _Calibrate(Interpreter):
     """Measures each tensor, in float32 or wider, with no rounding to a format."""
 
@@ -701,7 +695,6 @@ class _UnitScale(Interpreter):
             transfer,
             join=_Scale.join,
             bottom=_Scale(),
-            literal=lambda _, x: _of_literal(x),
             opens=lambda e: e.can_be_opened and not self.wants(e),
             enter=enter,
         )
